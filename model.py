@@ -1,0 +1,251 @@
+"""The DDPM U-Net (Ho et al. 2020) and the half of a checkpoint that rebuilds it."""
+
+import math
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, exit status 2, no traceback."""
+
+
+def run_cli(main):
+    """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------
+# Network
+
+
+def timestep_embedding(t, dim):
+    """Sinusoids of the time step: t (B,) -> (B, dim), dim even, frequencies 1 .. 1/10000."""
+    half = dim // 2
+    index = torch.arange(half, device=t.device, dtype=torch.float32)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) / (half - 1) * index)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def init(layer, gain=1.0):
+    """Uniform of variance gain^2 / mean(fan in, fan out), bias 0: DDPM's initialisation."""
+    nn.init.xavier_uniform_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# Layers that end a residual branch start near zero, so that every block starts as the identity.
+NEAR_ZERO = 1e-5
+
+
+def conv3x3(c_in, c_out, gain=1.0, stride=1):
+    """3x3 convolution; the strided one expects its input padded, see `Downsample`."""
+    return init(nn.Conv2d(c_in, c_out, 3, stride, padding=1 if stride == 1 else 0), gain)
+
+
+class ResBlock(nn.Module):
+    """norm-silu-conv, plus the time embedding, norm-silu-dropout-conv, plus the input."""
+
+    def __init__(self, c_in, c_out, emb, groups, dropout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = conv3x3(c_in, c_out)
+        self.emb = init(nn.Linear(emb, c_out))
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.dropout = dropout
+        self.conv2 = conv3x3(c_out, c_out, NEAR_ZERO)
+        self.skip = nn.Identity() if c_in == c_out else init(nn.Conv2d(c_in, c_out, 1))
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(emb)[:, :, None, None]
+        h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
+        return self.skip(x) + self.conv2(h)
+
+
+class Attention(nn.Module):
+    """One head of self-attention over all pixels, residual."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        # sqrt(2): q, k and v are one layer here but keep the fan-out of three
+        self.qkv = init(nn.Conv2d(channels, 3 * channels, 1), math.sqrt(2))
+        self.out = init(nn.Conv2d(channels, channels, 1), NEAR_ZERO)
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
+        q, k, v = qkv[:, None].chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution: stride-2 convolution, padded right and bottom only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv3x3(channels, channels, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """DDPM's U-Net: (x_t, t) -> predicted eps.
+
+    image_size: pixels a side; len(mult) - 1 halvings must divide it.
+    in_channels: 1 (grey) or 3 (RGB).        channels: width of the first level.
+    mult: width of each level / channels.    blocks: residual blocks a level (one more going up).
+    attention: resolutions, in pixels, that get self-attention (the middle always does).
+    dropout: probability, inside the residual blocks, in [0, 1).
+
+    forward: x (B, in_channels, H, W), t int64 (B,) -> float32 of x's shape.
+    Raises UserError on a size, attention or width that does not fit.
+    """
+
+    def __init__(self, image_size=32, in_channels=3, channels=128, mult=(1, 2, 2, 2), blocks=2,
+                 attention=(16,), dropout=0.1):
+        super().__init__()
+        sizes = [image_size // 2**i for i in range(len(mult))]
+        self.factor = 2 ** (len(mult) - 1)
+        if image_size < self.factor or image_size % self.factor:
+            raise UserError(f"image_size {image_size} is not a multiple of {self.factor}: "
+                            f"{len(mult)} levels halve it {len(mult) - 1} times")
+        if not set(attention) <= set(sizes):
+            raise UserError(f"attention at {','.join(map(str, attention))} pixels: "
+                            f"this network's resolutions are {','.join(map(str, sizes))}")
+        if in_channels not in (1, 3):
+            raise UserError(f"in_channels {in_channels}: images have 1 (grey) or 3 (RGB)")
+        if channels < 4 or channels % 2:
+            raise UserError(f"channels {channels}: the width is an even number, 4 or more")
+
+        # 32 groups as published; narrow nets keep at least 4 channels in each
+        groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
+        emb = 4 * channels
+        self.channels = channels
+        self.emb1 = init(nn.Linear(channels, emb))
+        self.emb2 = init(nn.Linear(emb, emb))
+
+        def block(c_in, c_out, size=None):
+            layers = nn.ModuleList([ResBlock(c_in, c_out, emb, groups, dropout)])
+            if size in attention:
+                layers.append(Attention(c_out, groups))
+            return layers
+
+        width = channels
+        skips = [width]
+        self.conv_in = conv3x3(in_channels, width)
+        self.down = nn.ModuleList()
+        for level, size in enumerate(sizes):
+            for _ in range(blocks):
+                self.down.append(block(width, channels * mult[level], size))
+                width = channels * mult[level]
+                skips.append(width)
+            if level < len(mult) - 1:
+                self.down.append(nn.ModuleList([Downsample(width)]))
+                skips.append(width)
+
+        self.mid1 = block(width, width)
+        self.mid1.append(Attention(width, groups))
+        self.mid2 = block(width, width)
+
+        self.up = nn.ModuleList()
+        for level, size in reversed(list(enumerate(sizes))):
+            for _ in range(blocks + 1):
+                self.up.append(block(width + skips.pop(), channels * mult[level], size))
+                width = channels * mult[level]
+            if level > 0:
+                self.up[-1].append(Upsample(width))
+
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = conv3x3(width, in_channels, NEAR_ZERO)
+
+    def forward(self, x, t):
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise ValueError(f"image of {tuple(x.shape[-2:])} pixels: not a multiple of "
+                             f"{self.factor}")
+        emb = self.emb2(F.silu(self.emb1(timestep_embedding(t, self.channels))))
+        emb = F.silu(emb)
+
+        def apply(layers, h):
+            for layer in layers:
+                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            return h
+
+        h = self.conv_in(x)
+        skips = [h]
+        for layers in self.down:
+            h = apply(layers, h)
+            skips.append(h)
+        h = apply(self.mid2, apply(self.mid1, h))
+        for layers in self.up:
+            h = apply(layers, torch.cat([h, skips.pop()], dim=1))
+        return self.conv_out(F.silu(self.norm_out(h))).float()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoint
+
+UNET_KEYS = ("image_size", "in_channels", "channels", "mult", "blocks", "attention", "dropout")
+
+
+def read_checkpoint(path, device="cpu"):
+    """The checkpoint at `path` (file, or run folder holding ckpt.pt), as train.py wrote it.
+
+    Loaded with weights_only=True, so a file with code in it is refused, not run.
+    Raises UserError when it is missing, truncated or not one of ours.
+    """
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = "it holds more than tensors and plain values, and was not run"
+        if not isinstance(error, pickle.UnpicklingError):
+            reason = f"truncated or foreign: {str(error).splitlines()[0][:80]}"
+        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
+    wanted = {"model", "ema", "step", "config"}
+    if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of train.py (it lacks {sorted(wanted)})")
+    return checkpoint
+
+
+def load_model(path, device="cpu", ema=True):
+    """Rebuild a network from its checkpoint alone.
+
+    path: run folder or checkpoint file.  ema: the averaged weights, else the raw ones.
+    Returns (net in eval mode on `device`, its config dict, the step it was saved at).
+    Raises UserError as `read_checkpoint`, or when the weights do not fit the config.
+    """
+    checkpoint = read_checkpoint(path, device)
+    config = checkpoint["config"]
+    try:
+        net = UNet(**{key: config[key] for key in UNET_KEYS}).to(device)
+        net.load_state_dict(checkpoint["ema" if ema else "model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: weights and config do not fit "
+                        f"({str(error).splitlines()[0][:80]})") from error
+    return net.eval().requires_grad_(False), config, checkpoint["step"]

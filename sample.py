@@ -1,0 +1,332 @@
+"""Draw images from a trained model.
+
+    python sample.py out/cifar10-adv --num 50000 --sampler ddim --steps 100
+    torchrun --nproc_per_node=8 sample.py out/cifar10-adv --num 50000
+
+Image k depends on (--seed, k) and the weights alone: not on the batch size, nor on how many
+processes share the work. An interrupted run, started again, draws the missing images only.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torchvision.utils import make_grid
+
+from losses import Diffusion
+from model import UserError, load_model, run_cli
+
+# ---------------------------------------------------------------------------------------------
+# Samplers
+
+
+def timesteps(T, steps):
+    """`steps` of the T time steps, evenly spaced from T-1 down to 0; [T-1] alone for one.
+
+    Raises ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"{steps} sampling steps: between 1 and T = {T}")
+    return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
+
+
+def denoise_step(net, diffusion, x, t, prev, sampler, noise, clip=True):
+    """One step x_t -> x_prev; t > prev are ints, prev = -1 the clean image.
+
+    ddpm: a draw from the posterior q(x_prev | x_t, x0), its variance the smaller of Ho et al.'s
+    two. ddim: the deterministic step of Song et al. 2021, sqrt(a') x0 + sqrt(1 - a') eps.
+    clip: clamp the denoised estimate to [-1, 1] first, so that mean and eps both see it.
+    noise: a function that returns standard normals of x's shape.
+    """
+    a = diffusion.alpha_bar[t].item()
+    a_prev = diffusion.alpha_bar[prev].item() if prev >= 0 else 1.0
+    batch_t = torch.full((len(x),), t, device=x.device)
+    x0 = diffusion.x0_from_eps(x, batch_t, net(x, batch_t))
+    if clip:
+        x0 = x0.clamp(-1, 1)
+
+    if sampler == "ddim":
+        eps = diffusion.eps_from_x0(x, batch_t, x0)
+        return a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * eps
+
+    alpha = a / a_prev
+    mean = (a_prev**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - a_prev) * x) / (1 - a)
+    if prev < 0:
+        return mean
+    return mean + ((1 - alpha) * (1 - a_prev) / (1 - a)) ** 0.5 * noise()
+
+
+@torch.no_grad()
+def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced", clip=True,
+           perturb=None, progress=None):
+    """Denoise pure noise in `steps` network calls; returns x0 of noise's shape, (B, ...).
+
+    noise: function returning fresh standard normals (B, ...); the first draw is x_T.
+    spacing: "respaced" steps from one of the chosen time steps to the next. "naive" takes the
+        one-step t -> t-1 update at each of them, which leaves noise behind (see README).
+    perturb: hook (x, t) -> x on the state before each step, where an attack goes.
+    progress: hook (i, steps), called after each step.
+    """
+    x = noise()
+    chosen = timesteps(diffusion.T, steps)
+    for i, t in enumerate(chosen):
+        prev = t - 1
+        if spacing == "respaced":
+            prev = chosen[i + 1] if i + 1 < steps else -1
+        if perturb is not None:
+            x = perturb(x, t)
+        x = denoise_step(net, diffusion, x, t, prev, sampler, noise, clip)
+        if progress is not None:
+            progress(i + 1, steps)
+    return x
+
+
+def mix(*numbers):
+    """Hash non-negative integers into one 63-bit seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def image_noise(seed, indices, shape, device):
+    """Noise for `sample`: a generator of its own for each image, seeded by (seed, index).
+
+    Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
+    arguments -> (len(indices), *shape) on `device`.
+    """
+    generators = [torch.Generator().manual_seed(mix(seed, k)) for k in indices]
+
+    def draw():
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    return draw
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(x):
+    """[-1, 1] float (..., ) -> uint8 0..255, rounded and clamped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, path, columns=8):
+    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG; small ones are enlarged."""
+    images = torch.as_tensor(images)
+    scale = max(1, 48 // images.shape[-1])
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes, shared by every script
+
+
+def setup(device="auto"):
+    """(rank, local rank, world size, torch.device) of this process, alone or under torchrun.
+
+    device: "auto" takes CUDA, then MPS, then the CPU.  Raises UserError if it is not there.
+    """
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and world == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return rank, local, world, device
+
+
+def start_group(device):
+    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def duration(seconds):
+    """Seconds -> "1h02m", "3m04s" or "5s"."""
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+
+def number(kind, low, high=None, open_high=False):
+    """An argparse type: an int or float within [low, high], or [low, high) if open_high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        above = high is not None and (value >= high if open_high else value > high)
+        if not value >= low or above or value == float("inf"):
+            upper = "" if high is None else f" and {'below' if open_high else 'at most'} {high}"
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}, at least {low}{upper}")
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage of forty flags before them."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} -h)")
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", help="run folder of train.py, or a checkpoint file")
+    p.add_argument("--num", type=number(int, 1), default=64, help="how many images (64)")
+    p.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim",
+                   help="deterministic, or ancestral as in the paper (ddim)")
+    p.add_argument("--steps", type=number(int, 1), default=100,
+                   help="network calls per image, 1 to T (100)")
+    p.add_argument("--spacing", choices=["respaced", "naive"], default="respaced",
+                   help="naive: one-step updates at strided time steps; leaves noise (respaced)")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ... (0)")
+    p.add_argument("--batch_size", type=number(int, 1), default=64,
+                   help="images at a time, per process; does not change them (64)")
+    p.add_argument("--raw", action="store_true", help="raw weights instead of the EMA")
+    p.add_argument("--out", type=Path, help="output folder (RUN/samples)")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace the images of other settings or other weights in --out")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (auto)")
+    return p.parse_args(argv)
+
+
+def write_atomically(path, save):
+    """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def weights_hash(net):
+    """First 16 hex digits of the SHA-256 of all parameters, to tell one model from another."""
+    digest = hashlib.sha256()
+    for p in net.parameters():
+        digest.update(p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def claim_folder(out, provenance, overwrite):
+    """Check that the images in `out` were drawn as `provenance` says, or clear them; write it."""
+    note = out / "samples.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, not a folder")
+    images = sorted(out.glob("[0-9]*.png"))
+    try:
+        old = json.loads(note.read_text()) if note.exists() else {}
+    except ValueError:
+        old = {}
+    changed = [key for key, value in provenance.items() if key != "num" and old.get(key) != value]
+    if images and changed:
+        if not overwrite:
+            raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
+                            "use --overwrite or another --out")
+        for path in images + [out / "samples.npz"]:
+            path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(provenance, indent=2) + "\n"
+    write_atomically(note, lambda temporary: temporary.write_text(text))
+
+
+def main(argv=None):
+    """Entry point; see the module's docstring."""
+    args = parse_args(argv)
+    rank, _, world, device = setup(args.device)
+    net, config, step = load_model(args.run, device, ema=not args.raw)
+    diffusion = Diffusion(config["T"], config["schedule"], device)
+    if args.steps > diffusion.T:
+        raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
+    run = Path(args.run)
+    out = args.out or (run if run.is_dir() else run.parent) / "samples"
+    provenance = {
+        "run": str(args.run), "step": step, "weights": "raw" if args.raw else "EMA",
+        "weights_sha256": weights_hash(net), "num": args.num, "sampler": args.sampler,
+        "steps": args.steps, "spacing": args.spacing, "seed": args.seed,
+    }
+    if rank == 0:
+        print(f"output {out}")
+        print(f"{provenance['weights']} weights of step {step}, {args.sampler} {args.steps} steps "
+              f"({args.spacing}), {args.num} images on {world} x {device.type}", flush=True)
+        claim_folder(out, provenance, args.overwrite)
+    if world > 1:
+        start_group(device)
+        dist.barrier()
+
+    def path(k):
+        return out / f"{k:06d}.png"
+
+    mine = range(rank, args.num, world)
+    todo = [k for k in mine if not path(k).exists()]
+    if rank == 0 and len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
+    shape = (config["in_channels"], config["image_size"], config["image_size"])
+    start = time.time()
+
+    for first in range(0, len(todo), args.batch_size):
+        batch = todo[first:first + args.batch_size]
+
+        def progress(i, steps):
+            share = (first + len(batch) * i / steps) / len(todo)
+            if rank == 0 and (i == steps or i % 10 == 0):
+                spent = time.time() - start
+                print(f"\r{share * len(mine):,.0f}/{len(mine):,} images"
+                      f"  {share * len(todo) * world / spent:.2f} img/s"
+                      f"  ETA {duration(spent / share - spent)}   ", end="", flush=True)
+
+        noise = image_noise(args.seed, batch, shape, device)
+        images = to_uint8(sample(net, diffusion, noise, args.sampler, args.steps, args.spacing,
+                                 progress=progress)).permute(0, 2, 3, 1).cpu().numpy()
+        for k, image in zip(batch, images):
+            image = Image.fromarray(image.squeeze())
+            write_atomically(path(k), lambda temporary: image.save(temporary, "PNG"))
+
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        images = np.stack([np.array(Image.open(path(k))) for k in range(args.num)])
+        images = images.reshape(args.num, *shape[1:], shape[0])
+        write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
+        save_grid(images[:64].transpose(0, 3, 1, 2), f"{out}.png")
+        print(f"\n{args.num} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
+              f"the first {min(args.num, 64)} in {out}.png, {duration(time.time() - start)}")
+
+
+def save_npz(path, images):
+    """np.savez under exactly this name, which the function would end in .npz itself."""
+    with open(path, "wb") as file:
+        np.savez(file, images)
+
+
+if __name__ == "__main__":
+    run_cli(main)

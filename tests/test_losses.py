@@ -1,0 +1,311 @@
+"""Closed forms and exact invariants of the forward process, the perturbation and the losses."""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import losses
+from losses import MODES, Diffusion, Perturbation
+from model import UNet
+
+
+class Scalar(nn.Module):
+    """eps_theta(x, t) = k x: the network of the linear-Gaussian closed forms."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor(float(k), dtype=torch.float64))
+
+    def forward(self, x, t):
+        return self.k * x
+
+
+def mlp(width=32):
+    """A small network on points in the plane that looks at t."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
+
+        def forward(self, x, t):
+            return self.layers(torch.cat([x, t[:, None] / 1000], dim=1))
+
+    return Net()
+
+
+def small_unet(dropout=0.0):
+    """A narrow U-Net whose near-zero layers are made loud, so that its Jacobian is not trivial."""
+    torch.manual_seed(0)
+    net = UNet(8, 3, 8, (1, 2), 1, (4,), dropout)
+    for p in net.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.2)
+    return net
+
+
+def minimiser(mode, cfg, v, t, n=400_000):
+    """The k that minimises MODES[mode] on x0 ~ N(0, v): the loss is a parabola in k > 0."""
+    g = torch.Generator().manual_seed(0)
+    x0 = v**0.5 * torch.randn(n, 1, generator=g, dtype=torch.float64)
+    eps = torch.randn(n, 1, generator=g, dtype=torch.float64)
+    ks = (0.2, 0.5, 0.8)
+    values = []
+    for k in ks:
+        torch.manual_seed(1)
+        loss, _ = MODES[mode](Scalar(k), Diffusion(), x0, torch.full((n,), t), eps, cfg)
+        values.append(loss.item())
+    c2 = (values[0] - 2 * values[1] + values[2]) / (2 * 0.3**2)
+    c1 = (values[2] - values[0]) / 0.6 - 2 * c2 * 0.5
+    return -c1 / (2 * c2)
+
+
+@pytest.mark.parametrize("t", [100, 400])
+@pytest.mark.parametrize("reading", ["sigma", "epsilon"])
+@pytest.mark.parametrize("mode", ["dsm", "random", "adv", "invariant"])
+def test_linear_gaussian_closed_form(mode, reading, t):
+    v, beta, lam = 0.5, 0.3, 0.4
+    cfg = Perturbation(reading=reading, lam=lam, beta_min=beta, beta_max=beta)
+    d = Diffusion()
+    a, s = d.alpha_bar[t].item(), d.s[t].item()
+    # c = lam_t E[omega^2]: a third of the corner's value if omega is uniform, 0 without
+    corner = math.sqrt(3) * lam * (beta / s if reading == "sigma" else s**2 + beta)
+    c = {"dsm": 0, "random": corner / 3, "adv": corner, "invariant": corner}[mode]
+    expected = s / (s**2 + a * v / (1 + c))
+    if mode == "invariant":
+        expected = s / (a * v + s**2 * (1 + c))
+    assert minimiser(mode, cfg, v, t) == pytest.approx(expected, rel=6e-3)
+
+
+def test_method_shrinks_variance_and_invariance_keeps_noise():
+    cfg = Perturbation(beta_min=0.5, beta_max=0.5)
+    plain = minimiser("dsm", cfg, 0.5, 300)
+    assert minimiser("random", cfg, 0.5, 300) > 1.02 * plain
+    assert minimiser("adv", cfg, 0.5, 300) > minimiser("random", cfg, 0.5, 300)
+    assert minimiser("invariant", cfg, 0.5, 300) < 0.95 * plain
+
+
+def test_dsm_minimiser_is_the_analytic_score_of_a_mixture():
+    """Least squares over a rich basis through dsm() gives -s grad log p_t."""
+    weights, means, std = torch.tensor([0.7, 0.3]), torch.tensor([-1.0, 1.5]), 0.3
+    torch.manual_seed(0)
+    n, t = 200_000, 300
+    which = torch.multinomial(weights, n, replacement=True)
+    x0 = (means[which] + std * torch.randn(n))[:, None]
+    eps = torch.randn(n, 1)
+    d = Diffusion()
+    sqrt_a, s = d.sqrt_a[t], d.s[t]
+    centres = torch.linspace(-3, 3, 25)
+
+    class Basis(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(26))
+
+        def forward(self, x, t):
+            bumps = torch.exp(-((x - centres) ** 2) / (2 * 0.3**2))
+            return (torch.cat([bumps, x], dim=1) @ self.w)[:, None]
+
+    net = Basis()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=150, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss, _ = losses.dsm(net, d, x0, torch.full((n,), t), eps)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    x = torch.linspace(-1.8, 2.0, 50, requires_grad=True)
+    var = sqrt_a**2 * std**2 + s**2
+    log_p = torch.logsumexp(weights.log() - (x[:, None] - sqrt_a * means) ** 2 / (2 * var), dim=1)
+    (score,) = torch.autograd.grad(log_p.sum(), x)
+    predicted = net(x[:, None], None)[:, 0]
+    assert (predicted + s * score).abs().max() < 0.05
+
+
+def test_equivariance_in_eps_is_invariance_of_the_denoiser():
+    net, d = small_unet(), Diffusion()
+    x, t = torch.randn(4, 3, 8, 8), torch.tensor([5, 200, 600, 999])
+    omega = torch.randn_like(x)
+    _, s = d.at(t, x)
+    moved = x + s * omega
+    with torch.no_grad():
+        residual = losses.mean_square(net(moved, t) - net(x, t) - omega)
+        denoised = d.x0_from_eps(moved, t, net(moved, t)) - d.x0_from_eps(x, t, net(x, t))
+    a = d.alpha_bar[t].float()
+    torch.testing.assert_close(residual, a / (1 - a) * losses.mean_square(denoised),
+                               rtol=1e-3, atol=1e-6)
+
+
+def test_schedules_and_conversions():
+    for schedule in ("linear", "cosine"):
+        d = Diffusion(1000, schedule)
+        assert (d.alpha_bar.diff() < 0).all() and 0 < d.alpha_bar[-1] < 1e-4
+    d = Diffusion()
+    beta = 1 - d.alpha_bar[1:] / d.alpha_bar[:-1]
+    assert 1 - d.alpha_bar[0] == pytest.approx(1e-4) and beta[-1].item() == pytest.approx(0.02)
+    for shape in ((6, 3), (6, 1, 4, 4), (6,)):
+        x0, eps, t = torch.randn(shape), torch.randn(shape), torch.arange(6) * 100
+        x_t = d.diffuse(x0, t, eps)
+        torch.testing.assert_close(d.x0_from_eps(x_t, t, eps), x0, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(d.eps_from_x0(x_t, t, x0), eps, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="schedule"):
+        Diffusion(10, "sqrt")
+    with pytest.raises(ValueError, match="at least one"):
+        Diffusion(0)
+
+
+def test_radius_and_weight():
+    s = torch.tensor([[0.05], [0.5], [1.0]])
+    r, lam_t = losses.radius_sigma(s, torch.tensor(0.4), 0.3, 2.0)
+    torch.testing.assert_close(r, torch.full_like(s, 0.4))
+    torch.testing.assert_close(lam_t, 0.3 * math.sqrt(3) / (0.4 * s))
+    r, _ = losses.radius_sigma(s, torch.tensor(0.4), 0.3, 4.0)
+    torch.testing.assert_close(r, 0.4 * s**0.5 / s)
+    r, lam_t = losses.radius_epsilon(s, torch.tensor(0.04), 0.3, 2.0)
+    torch.testing.assert_close(r, s**2 + 0.04)
+    torch.testing.assert_close(lam_t, 0.3 * math.sqrt(3) / r)
+    many = torch.full((20_000, 1), 0.5)
+    for cfg, low, high in ((Perturbation(), 8 / 255, 1), (Perturbation(rho=4), 8 / 255, 1),
+                           (Perturbation(beta_max=0.2), 8 / 255, 0.2)):
+        r, _ = losses.radius_and_weight(many, cfg)
+        beta = r * 0.5 / 0.5 ** (2 / cfg.rho)
+        assert low <= beta.min() < low + 0.01 and high - 0.01 < beta.max() <= high + 1e-6
+    r, _ = losses.radius_and_weight(many, Perturbation(reading="epsilon"))
+    assert 0.25 + 8 / 255 <= r.min() and r.max() <= 0.25 + 16 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_ascent_stays_in_its_set_and_ascends(norm, steps):
+    net, d = small_unet(), Diffusion()
+    torch.manual_seed(3)
+    x, t = torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
+    _, s = d.at(t, x)
+    r = torch.rand_like(s) + 0.01
+    cfg = Perturbation(ascent_norm=norm, ascent_steps=steps)
+    clean = net(x, t)
+    start = losses.random_omega(r, x)
+    assert (start.abs() <= r).all()
+    assert start.abs().mean().item() == pytest.approx(r.mean().item() / 2, rel=0.1)
+    omega = losses.ascend(start.clone(), net, x, s, t, r, clean, cfg)
+    assert not omega.requires_grad
+    if norm == "linf":
+        assert (omega.abs() <= r).all()
+        assert (omega.abs() > 0.99 * r).float().mean() > 0.5
+    else:
+        torch.testing.assert_close(losses.mean_square(omega).sqrt(), r.flatten(), rtol=1e-4,
+                                   atol=1e-6)
+
+    def J(w):
+        return losses.mean_square(net(x + s * w, t) - clean)
+
+    same_size = start * (omega.square().mean() / start.square().mean()).sqrt()
+    assert (J(omega) > J(same_size)).float().mean() > 0.7
+
+
+def test_random_start_is_needed():
+    """J's gradient is exactly zero at omega = 0, and a fresh network leaves omega where it was."""
+    net, d = small_unet(), Diffusion()
+    x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 300)
+    _, s = d.at(t, x)
+    clean, r = net(x, t), torch.full_like(s, 0.5)
+    for norm in ("linf", "l2"):
+        cfg = Perturbation(ascent_norm=norm)
+        assert (losses.ascend(torch.zeros_like(x), net, x, s, t, r, clean, cfg) == 0).all()
+        nn.init.zeros_(net.conv_out.weight)
+        start = losses.random_omega(r, x)
+        kept = losses.ascend(start.clone(), net, x, s, t, r, net(x, t), cfg)
+        assert torch.equal(kept, start)
+        net = small_unet()
+
+
+def leaves(node, seen):
+    """All tensors that a backward pass from `node` would fill."""
+    if node is None or node in seen:
+        return []
+    seen.add(node)
+    own = [node.variable] if hasattr(node, "variable") else []
+    return own + [leaf for child, _ in node.next_functions for leaf in leaves(child, seen)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inner_step_computes_no_weight_gradient(monkeypatch, compiled):
+    net, d = mlp(), Diffusion()
+    if compiled:
+        # the same tracing as the default backend, without a C++ compiler
+        net.compile(backend="aot_eager")
+    seen = []
+    grad = torch.autograd.grad
+
+    def watched(J, omega, *args, **kwargs):
+        # the compiler, tracing, calls it too, with lists
+        if isinstance(J, torch.Tensor):
+            seen.append(leaves(J.grad_fn, set()))
+            assert len(seen[-1]) == 1 and seen[-1][0] is omega
+        return grad(J, omega, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    x0 = torch.randn(16, 2)
+    cfg = Perturbation(ascent_steps=2)
+    loss, _ = losses.adv(net, d, x0, torch.randint(1000, (16,)), torch.randn(16, 2), cfg)
+    assert len(seen) == 2 and all(p.grad is None for p in net.parameters())
+    assert len(leaves(loss.grad_fn, set())) == 4
+    loss.backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_branches_share_their_dropout():
+    """With the same input twice (omega = 0) the two branches agree, dropout or not."""
+    net, d = small_unet(dropout=0.5).train(), Diffusion()
+    x0, t, eps = torch.randn(4, 3, 8, 8), torch.full((4,), 300), torch.randn(4, 3, 8, 8)
+    cfg = Perturbation(beta_min=1e-6, beta_max=1e-6)
+    for mode in ("random", "adv"):
+        _, figures = MODES[mode](net, d, x0, t, eps, cfg)
+        assert figures["residual"] < 1e-9
+    # and the next draw does not repeat the perturbation's: every step's noise is fresh
+    points = mlp()
+    torch.manual_seed(0)
+    MODES["random"](points, d, torch.randn(4, 2), t, torch.randn(4, 2), cfg)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.randn(4, 2), torch.randn(4, 2), torch.rand(4, 1), torch.rand(4, 2)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_target_branch_and_figures():
+    net, d = mlp(), Diffusion()
+    x0, t, eps = torch.randn(64, 2), torch.randint(1000, (64,)), torch.randn(64, 2)
+    grads = {}
+    for detach in (False, True):
+        torch.manual_seed(0)
+        net.zero_grad()
+        loss, figures = losses.adv(net, d, x0, t, eps, Perturbation(detach_target=detach))
+        loss.backward()
+        grads[detach] = torch.cat([p.grad.flatten() for p in net.parameters()])
+        assert loss.item() == pytest.approx((figures["dsm"] + figures["reg"]).item())
+        assert set(figures) == {"dsm", "reg", "residual", "omega"}
+        assert not any(value.requires_grad for value in figures.values())
+    assert not torch.allclose(grads[False], grads[True])
+    dsm, _ = losses.dsm(net, d, x0, t, eps)
+    assert dsm.item() == pytest.approx(figures["dsm"].item())
+
+
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="slow: set COMPILE=1 to run the C++ backend")
+def test_compiled_gradients_equal_eager():
+    grads = []
+    for compiled in (False, True):
+        net = small_unet()
+        if compiled:
+            net.compile()
+        torch.manual_seed(0)
+        x0, t, eps = torch.randn(4, 3, 8, 8), torch.randint(1000, (4,)), torch.randn(4, 3, 8, 8)
+        cfg = Perturbation(ascent_norm="l2")
+        loss, _ = losses.adv(net, Diffusion(), x0, t, eps, cfg)
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
