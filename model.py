@@ -223,13 +223,11 @@ def read_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = "it holds more than tensors and plain values, and was not run"
-        if not isinstance(error, pickle.UnpicklingError):
-            reason = f"truncated or foreign: {str(error).splitlines()[0][:80]}"
-        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
+        raise UserError(f"{path} is not a checkpoint of train.py: truncated, foreign, or with code "
+                        "in it (not run)") from error
     wanted = {"model", "ema", "step", "config"}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of train.py (it lacks {sorted(wanted)})")
+        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {sorted(wanted)}")
     return checkpoint
 
 
@@ -246,6 +244,5 @@ def load_model(path, device="cpu", ema=True):
         net = UNet(**{key: config[key] for key in UNET_KEYS}).to(device)
         net.load_state_dict(checkpoint["ema" if ema else "model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: weights and config do not fit "
-                        f"({str(error).splitlines()[0][:80]})") from error
+        raise UserError(f"{path}: its weights do not fit its config") from error
     return net.eval().requires_grad_(False), config, checkpoint["step"]

@@ -1,7 +1,7 @@
 """Draw images from a trained model.
 
     python sample.py out/cifar10-adv --num 50000 --sampler ddim --steps 100
-    torchrun --nproc_per_node=8 sample.py out/cifar10-adv --num 50000
+    torchrun --nproc_per_node=8 -- sample.py out/cifar10-adv --num 50000
 
 Image k depends on (--seed, k) and the weights alone: not on the batch size, nor on how many
 processes share the work. An interrupted run, started again, draws the missing images only.

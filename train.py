@@ -18,11 +18,14 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import time
 import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +141,9 @@ FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
 # Data: every set becomes one uint8 array (N, C, H, W)
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+# What the readers below raise on a damaged file
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, zlib.error,
+              zipfile.BadZipFile, pickle.UnpicklingError, Image.DecompressionBombError)
 
 
 def shapes(n, size, channels, seed):
@@ -163,96 +169,95 @@ def shapes(n, size, channels, seed):
     return np.round(255 * (grey + (colour - grey) * cover)).astype(np.uint8)
 
 
-def image_files(root):
-    """Every image below a folder, sorted by path; hidden files and folders are passed over."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        found += [Path(folder, name) for name in names
-                  if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
-    return sorted(found)
+def is_image(name):
+    """By its suffix; hidden files and the Macintosh's shadow files are not."""
+    path = Path(name)
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
-def locate(dataset, root, train):
-    """What `root` (folder or zip) holds of a data set: (kind, files), files empty if nothing."""
-    if root.is_file():
-        return "zip", [root]
-    if dataset == "cifar10":
-        names = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
-        for folder in (root, root / "cifar-10-batches-py"):
-            if (folder / names[0]).is_file():
-                return "cifar", [folder / name for name in names if (folder / name).is_file()]
-    if dataset == "fashion_mnist":
-        name = f"{'train' if train else 't10k'}-images-idx3-ubyte.gz"
-        for folder in (root, root / "FashionMNIST" / "raw"):
-            if (folder / name).is_file():
-                return "idx", [folder / name]
-    if dataset == "lsun_bedroom":
-        name = f"bedroom_{'train' if train else 'val'}_lmdb"
-        for folder in (root, root / name):
-            if folder.name == name and (folder / "data.mdb").is_file():
-                return "lmdb", [folder / "data.mdb"]
-    return "images", image_files(root)
+def open_images(files, split):
+    return files, Image.open
 
 
-def download(dataset, root):
-    """Fetch a data set with torchvision into `root`; UserError where that cannot be."""
-    import torchvision.datasets as sets
-    makers = {"cifar10": sets.CIFAR10, "fashion_mnist": sets.FashionMNIST, "celeba": sets.CelebA}
-    if dataset not in makers:
-        raise UserError(f"--dataset {dataset} is not downloaded: say where it is with --data_dir")
-    print(f"downloading {dataset} to {root}", flush=True)
-    try:
-        makers[dataset](root, download=True)
-    except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"{dataset} could not be downloaded ({str(error).splitlines()[0][:100]}): "
-                        "fetch it by hand and pass --data_dir") from error
+def open_zip(files, split):
+    archive = zipfile.ZipFile(files[0])
+    names = sorted(name for name in archive.namelist() if is_image(name))
+    return names, lambda name: Image.open(io.BytesIO(archive.read(name)))
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads CIFAR-10's batches: numpy arrays and plain values, nothing that could run."""
 
     def find_class(self, module, name):
-        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
+        known = module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype")
+        if known or (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, not run")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
 
 
-def open_items(kind, files, train):
-    """The source as (items, read): read(item) is a PIL image. Raises UserError naming the file."""
+def open_cifar(files, split):
+    batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
+    images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    return images.transpose(0, 2, 3, 1), Image.fromarray
+
+
+def open_idx(files, split):
+    with gzip.open(files[0]) as file:
+        shape = np.frombuffer(file.read(16), ">i4")[1:]
+        return np.frombuffer(file.read(), np.uint8).reshape(shape), Image.fromarray
+
+
+def open_lsun(files, split):
+    from torchvision.datasets import LSUN
+    images = LSUN(str(files[0].parent.parent), [files[0].parent.name.removesuffix("_lmdb")])
+    return range(len(images)), lambda i: images[i][0]
+
+
+# The formats that data sets are published in: (folders to look in, files of each split, reader)
+PUBLISHED = {
+    "cifar10": (["", "cifar-10-batches-py"], open_cifar, {
+        "train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}),
+    "fashion_mnist": (["", "FashionMNIST/raw"], open_idx, {
+        "train": ["train-images-idx3-ubyte.gz"], "test": ["t10k-images-idx3-ubyte.gz"]}),
+    "lsun_bedroom": (["", ".."], open_lsun, {
+        "train": ["bedroom_train_lmdb/data.mdb"], "test": ["bedroom_val_lmdb/data.mdb"]}),
+}
+
+
+def find_source(dataset, root, split):
+    """(files, reader) of a data set in `root`, a folder or zip; files is empty if it is not there.
+
+    reader(files, split) returns (items, read), and read(item) a PIL image.
+    """
+    if root.is_file():
+        return [root], open_zip
+    folders, reader, names = PUBLISHED.get(dataset, ([], None, {}))
+    for folder in folders:
+        files = [root / folder / name for name in names[split]]
+        if files[0].is_file():
+            return [file for file in files if file.is_file()], reader
+    found = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+             for name in names]
+    return sorted(file for file in found if is_image(file.relative_to(root))), open_images
+
+
+def download(dataset, root):
+    """Fetch a data set with torchvision into `root`; UserError where that cannot be."""
+    from torchvision import datasets
+    makers = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST,
+              "celeba": datasets.CelebA}
+    if dataset not in makers:
+        raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
+    print(f"downloading {dataset} to {root}", flush=True)
     try:
-        if kind == "zip":
-            archive = zipfile.ZipFile(files[0])
-            names = sorted(name for name in archive.namelist()
-                           if Path(name).suffix.lower() in IMAGE_SUFFIXES
-                           and not name.startswith("__MACOSX"))
-            return names, lambda name: Image.open(io.BytesIO(archive.read(name)))
-        if kind == "cifar":
-            batches = [ArrayUnpickler(open(f, "rb"), encoding="bytes").load() for f in files]
-            array = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
-            return array.transpose(0, 2, 3, 1), Image.fromarray
-        if kind == "idx":
-            with gzip.open(files[0]) as file:
-                header = np.frombuffer(file.read(16), ">i4")
-                return np.frombuffer(file.read(), np.uint8).reshape(header[1:]), Image.fromarray
-        if kind == "lmdb":
-            import torchvision.datasets
-            folder = files[0].parent
-            lsun = torchvision.datasets.LSUN(str(folder.parent),
-                                             [f"bedroom_{'train' if train else 'val'}"])
-            return range(len(lsun)), lambda i: lsun[i][0]
-    except ImportError as error:
-        raise UserError(f"{files[0]}: reading LSUN needs the package lmdb "
-                        "(pip install lmdb)") from error
-    except (OSError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
-        raise UserError(f"{files[0]}: not readable as {kind} ({error})") from error
-    return files, Image.open
+        makers[dataset](root, download=True)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise UserError(f"{dataset} could not be downloaded ({str(error).splitlines()[0][:100]}): "
+                        "fetch it by hand and name its folder or zip with --data_dir") from error
 
 
-def fit(image, size, channels, aligned_celeba):
+def fit(image, size, channels, aligned_celeba=False):
     """PIL image -> uint8 (channels, size, size): upright, centre square, resized.
 
     Shrinking averages over the area that a pixel covers (no aliasing); enlarging is bicubic.
@@ -260,93 +265,88 @@ def fit(image, size, channels, aligned_celeba):
     """
     image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
     width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
     if aligned_celeba and image.size == (178, 218):
-        box = (25, 57, 153, 185)
-    else:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
-    if box[2] - box[0] != size:
-        shrink = box[2] - box[0] > size
-        image = image.resize((size, size), Image.BOX if shrink else Image.BICUBIC, box=box)
-    else:
-        image = image.crop(box)
+        side, left, top = 128, 25, 57
+    box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.BOX if side > size else Image.BICUBIC, box=box)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None, train=True,
-                build=True):
-    """A data set as a uint8 array (N, in_channels, image_size, image_size), memory-mapped.
+def decode_all(path, dataset, files, reader, size, channels, split):
+    """Decode a source into the uint8 .npy `path`, with a line of progress. UserError if it cannot.
 
-    data_dir: folder or zip; None looks in ./data and downloads there what torchvision can.
-    cache_dir: where the decoded .npy goes (default: beside the source). Its name holds a hash of
-        the source's files and the settings, so other settings never meet it.
-    build: False waits for another process of this machine to build the cache.
-    Raises UserError for a missing, empty or unreadable source, naming the file.
+    The file or image at fault is named.
     """
-    if dataset == "shapes":
-        return shapes(10_000 if train else 2_000, image_size, in_channels, seed=0 if train else 1)
-    root = Path(data_dir or "data")
-    if data_dir and not root.exists():
-        raise UserError(f"--data_dir {root}: no such file or folder")
-    split = "train" if train else "test"
-    if not data_dir:
-        root = root / dataset
-        if build and not locate(dataset, root, train)[1]:
-            download(dataset, root)
-        while not build and not locate(dataset, root, train)[1]:
-            time.sleep(1)
-    kind, files = locate(dataset, root, train)
-    if dataset == "celeba" and kind == "images":
-        # the official split is by file number; a smaller folder is all training images
-        files = files[:162_770] if train else files[182_637:]
-    if not files:
-        raise UserError(f"no {split} images of {dataset} in {root}")
-
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    stamp = json.dumps([str(root.resolve()), kind, stats, dataset, image_size, in_channels, split])
-    stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
-    folder = Path(cache_dir or (root if root.is_dir() else root.parent))
-    cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{stamp}.npy"
-    while not build and not cache.exists():
-        time.sleep(1)
-    if not cache.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, lambda path: build_cache(path, kind, files, dataset, image_size,
-                                                             in_channels, train))
-        except PermissionError as error:
-            raise UserError(f"cannot write {cache}: choose another --cache_dir") from error
-    return np.load(cache, mmap_mode="r")
-
-
-def build_cache(path, kind, files, dataset, size, channels, train):
-    """Decode every image of a source into the .npy `path`, with a line of progress."""
-    items, read = open_items(kind, files, train)
-    if dataset == "celeba" and kind == "zip":
-        items = items[:162_770] if train else items[182_637:]
+    try:
+        items, read = reader(files, split)
+    except ImportError as error:
+        raise UserError(f"{files[0]}: reading LSUN needs lmdb (pip install lmdb)") from error
+    except UNREADABLE as error:
+        raise UserError(f"{files[0]}: not a readable {dataset} file ({error})") from error
+    if dataset == "celeba":
+        # the official split is by file number; of a smaller set all are training images
+        items = items[:162_770] if split == "train" else items[182_637:]
     if not len(items):
-        raise UserError(f"no images in {files[0]}")
+        raise UserError(f"no {split} images of {dataset} in {files[0]}")
 
     def decode(item):
         try:
             return fit(read(item), size, channels, dataset == "celeba")
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zipfile.zlib.error,
-                Image.DecompressionBombError) as error:
-            name = item if isinstance(item, (str, Path)) else f"image of {files[0]}"
+        except UNREADABLE as error:
+            name = item if isinstance(item, (str, Path)) else f"an image of {files[0]}"
             raise UserError(f"{name}: not a readable image ({error})") from error
 
     cache = np.lib.format.open_memmap(path, "w+", np.uint8, (len(items), channels, size, size))
-    start = time.time()
+    start = shown = time.time()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(items), 1000):
-            for i, image in enumerate(pool.map(decode, items[first:first + 1000]), first):
+        for done in range(0, len(items), 1000):
+            for i, image in enumerate(pool.map(decode, items[done:done + 1000]), done):
                 cache[i] = image
-            rate = (i + 1) / (time.time() - start)
-            print(f"\rdecoding {files[0].parent}: {i + 1:,}/{len(items):,} images, {rate:,.0f}/s,"
-                  f" ETA {duration((len(items) - i - 1) / rate)}  ", end="", flush=True)
-    print(flush=True)
+            if time.time() - shown > 5 or i + 1 == len(items):
+                shown = time.time()
+                rate = (i + 1) / (shown - start)
+                print(f"decoding {dataset} {split}: {i + 1:,}/{len(items):,} images, {rate:,.0f}/s"
+                      f", ETA {duration((len(items) - i - 1) / rate)}", flush=True)
     cache.flush()
+
+
+def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None, split="train"):
+    """A data set as a uint8 array (N, in_channels, image_size, image_size), memory-mapped.
+
+    data_dir: folder or zip; None looks in data/<dataset> and downloads what torchvision can.
+    cache_dir: where the decoded .npy goes (default: beside the source). Its name holds a hash of
+        the settings and of the source's names, sizes and dates: others never meet it.
+    split: "train" or "test", where the source has both; a bare folder or zip is one of them.
+    Raises UserError for a missing, empty or unreadable source, naming the file.
+    """
+    if dataset == "shapes":
+        n, seed = (10_000, 0) if split == "train" else (2000, 1)
+        return shapes(n, image_size, in_channels, seed)
+    root = Path(data_dir or f"data/{dataset}")
+    if data_dir and not root.exists():
+        raise UserError(f"--data_dir {root}: no such file or folder")
+    if not data_dir and not find_source(dataset, root, split)[0]:
+        download(dataset, root)
+    files, reader = find_source(dataset, root, split)
+    if not files:
+        raise UserError(f"no {split} images of {dataset} in {root}")
+
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamp = json.dumps([dataset, split, image_size, in_channels, stats])
+    stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
+    folder = Path(cache_dir or (root if root.is_dir() else root.parent))
+    cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{stamp}.npy"
+    if not cache.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, lambda path: decode_all(path, dataset, files, reader,
+                                                            image_size, in_channels, split))
+        except OSError as error:
+            raise UserError(f"cannot write {cache} ({error.strerror}): choose another --cache_dir"
+                            ) from error
+    return np.load(cache, mmap_mode="r")
 
 
 CLEAN, NOISY, OUTLIER = 0, 1, 2
@@ -397,14 +397,14 @@ def batch_index(step, batch_size, n, seed):
 
 
 def prefetch(fetch, first, last, depth=3):
-    """Yield (step, fetch(step)) for first <= step < last, fetched ahead by two threads."""
+    """Yield fetch(step) for first <= step < last, fetched ahead by two threads."""
     with ThreadPoolExecutor(2) as pool:
         pending = deque(pool.submit(fetch, step) for step in range(first, min(first + depth, last)))
         for step in range(first, last):
             batch = pending.popleft().result()
             if step + depth < last:
                 pending.append(pool.submit(fetch, step + depth))
-            yield step, batch
+            yield batch
 
 
 # ---------------------------------------------------------------------------------------------
@@ -458,8 +458,8 @@ def run_files(out):
                                  "samples_*.png") for path in out.glob(pattern)]
 
 
-def save_checkpoint(out, state, keep):
-    """Write ckpt.pt, whole at every moment; the one before it becomes ckpt_<step>.pt if kept."""
+def save_checkpoint(path, state, keep, previous):
+    """Write `path`, whole at every moment; what it held stays as ckpt_<previous>.pt if kept."""
 
     def save(temporary):
         with open(temporary, "wb") as file:
@@ -467,12 +467,17 @@ def save_checkpoint(out, state, keep):
             file.flush()
             os.fsync(file.fileno())
 
-    if keep > 1:
-        write_atomically(out / f"ckpt_{state['step']:07d}.pt", save)
-    write_atomically(out / "ckpt.pt", save)
-    # ckpt.pt is the newest numbered one too, hence keep - 1 before it
-    for old in sorted(out.glob("ckpt_*.pt"))[:-keep if keep > 1 else None]:
-        old.unlink()
+    if keep > 1 and path.exists():
+        older = path.with_name(f"ckpt_{previous:07d}.pt")
+        older.unlink(missing_ok=True)
+        try:
+            os.link(path, older)
+        except OSError:
+            shutil.copyfile(path, older)
+    write_atomically(path, save)
+    # keep counts ckpt.pt; None, for keep = 1, is all of the older ones
+    for older in sorted(path.parent.glob("ckpt_*.pt"))[:-(keep - 1) or None]:
+        older.unlink()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -482,7 +487,7 @@ def save_checkpoint(out, state, keep):
 class Objective(nn.Module):
     """The whole loss as one forward call, which is what DistributedDataParallel supports.
 
-    x0 (B, C, H, W) -> (loss, dict of detached figures), t and eps drawn here.
+    x0 (B, C, H, W) -> (loss, dict of detached figures); t and eps are drawn here.
     """
 
     def __init__(self, net, diffusion, mode, perturbation):
@@ -500,37 +505,34 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     given = parse_args(argv)
     rank, local, world, device = setup(given.get("device", "auto"))
-    say = print if rank == 0 else lambda *_, **__: None
+    cuda, lead = device.type == "cuda", rank == 0
+    say = print if lead else lambda *_, **__: None
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     out = Path(given.pop("out", f"out/{given.get('dataset', 'shapes')}-{given.get('mode', 'adv')}"))
     say(f"output {out}", flush=True)
 
-    # Everything that can be wrong comes before anything is written
+    # -- settings: whatever can be wrong is found before anything is written
     saved = read_checkpoint(out) if resume else None
     stored = saved["config"] if resume else {}
     cfg = SimpleNamespace(**settle(given, stored))
-    if run_files(out) and not resume and not overwrite and rank == 0:
+    if lead and run_files(out) and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
     if cfg.batch_size % (world * cfg.accum):
         raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
                         f"x {cfg.accum} parts")
-    share = cfg.batch_size // world
 
-    images = load_images(cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir, cfg.cache_dir,
-                         build=local == 0)
-    kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
-
-    # The same initial weights on every rank
+    # -- network: the same initial weights on every rank
     torch.manual_seed(cfg.seed)
-    net = UNet(**{key: getattr(cfg, key) for key in UNET_KEYS}).to(device)
-    net = net.to(memory_format=torch.channels_last)
+    net = UNet(**{key: getattr(cfg, key) for key in UNET_KEYS})
+    net = net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    weights, averages = list(net.parameters()), list(ema.parameters())
     diffusion = Diffusion(cfg.T, cfg.schedule, device)
-    optimizer = torch.optim.Adam(net.parameters(), cfg.lr, fused=True)
+    optimizer = torch.optim.Adam(weights, cfg.lr, fused=True)
     amp = cfg.amp
     if amp == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if bf16 else "fp16" if cuda else "off"
     autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16,
                               enabled=amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -539,35 +541,53 @@ def main(argv=None):
         net.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"] and scaler.is_enabled():
+        if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         start = saved["step"]
 
-    if rank == 0:
+    # -- data: decoded once a machine, however long it takes
+    source = (cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir, cfg.cache_dir)
+    if world > 1:
+        start_group(device)
+        if local == 0:
+            load_images(*source)
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+    images = load_images(*source)
+    kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
+    share = cfg.batch_size // world
+
+    def fetch(step):
+        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)
+        index = index[rank * share:(rank + 1) * share]
+        batch = training_images(images, index, kinds, cfg.noise_std, cfg.seed)
+        return batch.pin_memory() if cuda else batch
+
+    # -- run folder
+    log = out / "log.jsonl"
+    if lead:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}") from error
-        if resume:
-            trim_log(out / "log.jsonl", start)
-        else:
-            for path in run_files(out):
-                path.unlink()
+        if resume and log.exists():
+            # steps past the checkpoint will be taken, and logged, again
+            rows = [row for row in log.read_text().splitlines() if json.loads(row)["step"] <= start]
+            log.write_text("".join(f"{row}\n" for row in rows))
+        for path in run_files(out) if not resume else []:
+            path.unlink()
         (out / "config.json").write_text(json.dumps(vars(cfg), indent=2) + "\n")
-        first = np.arange(min(64, len(images)))
-        save_grid(to_uint8(training_images(images, first, kinds, cfg.noise_std, cfg.seed)),
-                  out / "data.png")
+        some = training_images(images, np.arange(min(64, len(images))), kinds, cfg.noise_std,
+                               cfg.seed)
+        save_grid(to_uint8(some), out / "data.png")
     if resume:
-        changed = [f"{key} {stored[key]} -> {value}" for key, value in vars(cfg).items()
-                   if key in stored and stored[key] != value]
-        say(f"resuming at step {start:,}" + "".join(f"; {change}" for change in changed))
-    spoiled = [f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std}" * bool(cfg.noise_p),
-               f"{np.sum(kinds == OUTLIER):,} replaced by noise" * bool(cfg.outlier_p)]
-    say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, "
-        + (" and ".join(filter(None, spoiled)) or "none corrupted")
-        + f" (frozen, seed {cfg.seed}; see data.png)")
-    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-    say(f"net {sum(p.numel() for p in net.parameters()):,} parameters, mode {cfg.mode}, "
+        changed = [f"{key} {stored.get(key)} -> {value}" for key, value in vars(cfg).items()
+                   if stored.get(key) != value]
+        say("; ".join([f"resuming at step {start:,}", *changed]))
+    say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
+        f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std} and "
+        f"{np.sum(kinds == OUTLIER):,} replaced by noise (frozen, seed {cfg.seed}; see data.png)")
+    compiled = cuda if cfg.compile is None else cfg.compile
+    say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
         f"compile {'on' if compiled else 'off'}", flush=True)
 
@@ -577,141 +597,107 @@ def main(argv=None):
                                    for name in Perturbation.__dataclass_fields__})
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
     if world > 1:
-        start_group(device)
-        objective = DistributedDataParallel(
-            objective, device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True)
-    parameters, averages = list(net.parameters()), list(ema.parameters())
-
-    def fetch(step):
-        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)
-        index = index[rank * share:(rank + 1) * share]
-        batch = training_images(images, index, kinds, cfg.noise_std, cfg.seed)
-        return batch.pin_memory() if device.type == "cuda" else batch
-
-    recent, names = [], []
-
-    def average():
-        """Means since the last call, over steps and processes; a non-finite loss ends the run."""
-        table = torch.stack(recent)
-        if world > 1:
-            dist.all_reduce(table)
-        table = (table / world).cpu()
-        for i, bad in enumerate(~table[:, 0].isfinite()):
-            if bad:
-                good = f"{out}/ckpt.pt is of step {kept}" if kept else "no checkpoint was saved"
-                raise UserError(f"the loss of step {step - len(recent) + 1 + i} is not finite; "
-                                f"last good checkpoint: {good}")
-        recent.clear()
-        return dict(zip(names, table.mean(0).tolist()))
-
-    def report(figures):
-        nonlocal mark, waited, counted
-        spent = (time.perf_counter() - mark) / counted
-        rates = {"img_s": cfg.batch_size / spent, "s_step": spent,
-                 "data_wait": waited / counted / spent}
-        say(f"step {step:,}/{cfg.steps:,}  "
-            + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            + f"  {rates['img_s']:.1f} img/s  {spent:.3f} s/step  data {rates['data_wait']:.1%}"
-            f"  ETA {duration((cfg.steps - step) * spent)}", flush=True)
-        if rank == 0:
-            row = {"step": step, "lr": lr, **figures, **rates}
-            row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(row) + "\n")
-        mark, waited, counted = time.perf_counter(), 0.0, 0
-
-    def save():
-        nonlocal kept
-        if rank == 0 and kept != step:
-            save_checkpoint(out, {
-                "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "config": vars(cfg)}, cfg.keep)
-        kept = step
-
-    def draw():
-        if rank == 0:
-            shape = (cfg.in_channels, cfg.image_size, cfg.image_size)
-            noise = image_noise(cfg.seed, range(64), shape, device)
-            x = sample(ema, diffusion, noise, steps=min(50, cfg.T))
-            save_grid(to_uint8(x).cpu(), out / f"samples_{step:06d}.png")
+        objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
+                                            gradient_as_bucket_view=True)
 
     signals = []
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: signals.append(number))
+    batches = prefetch(fetch, start, cfg.steps)
+    step = kept = start
+    recent, waited, stop = [], 0.0, False
+    began = mark = time.perf_counter()
 
-    step, kept, began = start, start, time.perf_counter()
-    mark, waited, counted = began, 0.0, 0
-    for step, batch in prefetch(fetch, start, cfg.steps):
-        waited += time.perf_counter() - mark_wait if counted else 0.0
-        # Stateless: what is random in a step depends on (seed, rank, step), so resume is exact
+    while step < cfg.steps and not stop:
+        # -- one step
+        tic = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - tic
+        # stateless: all that is random in a step depends on (seed, rank, step): resume is exact
         torch.manual_seed(mix(STEP, cfg.seed, rank, step))
-        lr = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
         for group in optimizer.param_groups:
-            group["lr"] = lr
-
+            group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
         x0 = batch.to(device, non_blocking=True)
         if cfg.flip:
             flipped = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
             x0 = torch.where(flipped, x0.flip(-1), x0)
         x0 = x0.contiguous(memory_format=torch.channels_last)
-        total = 0
+
+        row = 0
         for i, part in enumerate(x0.chunk(cfg.accum)):
-            last = i == cfg.accum - 1
-            with contextlib.nullcontext() if last or world == 1 else objective.no_sync():
+            whole = world == 1 or i == cfg.accum - 1
+            with contextlib.nullcontext() if whole else objective.no_sync():
                 with autocast:
                     loss, figures = objective(part)
                 scaler.scale(loss / cfg.accum).backward()
-            total = total + torch.stack([loss.detach(), *figures.values()]) / cfg.accum
+            row = row + torch.stack([loss.detach(), *figures.values()]) / cfg.accum
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # The decay ramps up, so that a short run's average is not of its first weights
+        # the decay ramps up, so that a short run's average is not one of its first weights
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        recent.append(torch.cat([row, norm.detach()[None]]))
+        step += 1
 
-        names = ["loss", *figures, "grad_norm"]
-        recent.append(torch.cat([total, norm.detach()[None]]))
-        step, counted = step + 1, counted + 1
-        stop = bool(signals)
-        if world > 1:
-            # all ranks stop at the same step; asking costs a wait, so not at every step
-            asked = torch.tensor(float(stop), device=device)
-            stop = step % 10 == 0 and (dist.all_reduce(asked), asked.item() > 0)[1]
+        # -- what is due; figures stay on the device until then
+        if world == 1:
+            stop = bool(signals)
+        elif step % 10 == 0:
+            # all ranks stop at the same step; to agree costs a wait, hence every tenth
+            asked = torch.tensor(float(len(signals)), device=device)
+            dist.all_reduce(asked)
+            stop = asked.item() > 0
         logs, saves, draws = (every and step % every == 0 for every in
                               (cfg.log_every, cfg.save_every, cfg.sample_every))
         ends = stop or step == cfg.steps
-        if logs or saves or ends or len(recent) >= 1000:
-            figures = average()
+        if not (logs or saves or draws or ends):
+            continue
+
+        table = torch.stack(recent)
+        if world > 1:
+            dist.all_reduce(table)
+        table = (table / world).cpu()
+        for i, value in enumerate(table[:, 0], step - len(recent) + 1):
+            if not value.isfinite():
+                good = f"of step {kept}" if (out / "ckpt.pt").exists() else "never written"
+                raise UserError(f"the loss of step {i} is not finite; {out}/ckpt.pt, the last good "
+                                f"checkpoint, is {good}")
         if logs:
-            report(figures)
-        if saves or ends:
-            save()
-        if draws or step == cfg.steps:
-            draw()
-        if stop:
-            break
-        mark_wait = time.perf_counter()
+            spent = (time.perf_counter() - mark) / len(recent)
+            names = ["loss", *figures, "grad_norm"]
+            row = dict(zip(names, table.mean(0).tolist()))
+            say(f"step {step:,}/{cfg.steps:,}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items())
+                + f"  {cfg.batch_size / spent:.1f} img/s  {spent:.3f} s/step"
+                f"  data {waited / len(recent) / spent:.1%}"
+                f"  ETA {duration((cfg.steps - step) * spent)}", flush=True)
+            row = {"step": step, **row, "img_s": cfg.batch_size / spent, "s_step": spent,
+                   "data_wait": waited / len(recent) / spent}
+            if lead:
+                with open(log, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+        if (saves or ends) and lead:
+            save_checkpoint(out / "ckpt.pt", {
+                "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "config": vars(cfg)}, cfg.keep, kept)
+            kept = step
+        if (draws or cfg.sample_every and step == cfg.steps) and lead:
+            noise = image_noise(cfg.seed, range(64), images.shape[1:], device)
+            x = sample(ema, diffusion, noise, steps=min(50, cfg.T))
+            save_grid(to_uint8(x).cpu(), out / f"samples_{step:06d}.png")
+        recent, waited, mark = [], 0.0, time.perf_counter()
 
     if world > 1:
         dist.destroy_process_group()
-    spent = duration(time.perf_counter() - began)
-    if signals:
-        say(f"stopped by {signal.Signals(signals[0]).name} at step {step:,}, saved in {out}/ckpt.pt; "
-            "--resume continues")
-        return 128 + signals[0]
-    say(f"done: step {step:,} after {spent}; {out}/samples_{step:06d}.png shows EMA samples, "
-        f"python sample.py {out} draws more")
-
-
-def trim_log(path, step):
-    """Drop log lines after `step`: a run killed past its checkpoint takes those steps again."""
-    if path.exists():
-        rows = [row for row in path.read_text().splitlines() if json.loads(row)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows))
+    if stop:
+        say(f"stopped by {signal.Signals(signals[0]).name if signals else 'another process'} at "
+            f"step {step:,}; saved, --resume continues")
+        return 128 + (signals[0] if signals else signal.SIGTERM)
+    say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}; "
+        f"python sample.py {out} draws from it")
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def test_target_branch_and_figures():
     assert dsm.item() == pytest.approx(figures["dsm"].item())
 
 
-@pytest.mark.skipif("COMPILE" not in os.environ, reason="slow: set COMPILE=1 to run the C++ backend")
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="takes 100 s: set COMPILE=1 to run it")
 def test_compiled_gradients_equal_eager():
     grads = []
     for compiled in (False, True):

@@ -1,0 +1,454 @@
+"""Training as a user meets it: exact resume, data sets, corruption, signals, mistakes."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from conftest import ROOT, TINY, command, environment, script
+from model import UserError, run_cli
+
+
+def checkpoint(out):
+    return torch.load(Path(out) / "ckpt.pt", weights_only=True)
+
+
+def assert_same_state(a, b):
+    """Weights, EMA and optimiser of two checkpoints are equal to the bit."""
+    a, b = checkpoint(a), checkpoint(b)
+    assert a["step"] == b["step"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][key][name])
+                   for name, value in state.items())
+
+
+# ---------------------------------------------------------------------------------------------
+# Loop and resume
+
+
+@pytest.mark.parametrize("mode", ["dsm", "random", "adv", "invariant"])
+def test_resume_is_exact(mode, tmp_path, in_process, capsys):
+    """20 steps = 10 + resume + 10: dropout, EMA, accumulation, corruption, several passes."""
+    flags = [*TINY, "--mode", mode, "--accum", "2", "--noise_p", "0.5", "--noise_std", "0.2",
+             "--outlier_p", "0.1", "--log_every", "5"]
+    in_process("train", *flags, "--steps", 20, "--out", tmp_path / "whole")
+    in_process("train", *flags, "--steps", 10, "--out", tmp_path / "parts")
+    half = checkpoint(tmp_path / "parts")["model"]
+    in_process("train", "--resume", "--steps", 20, "--out", tmp_path / "parts")
+    assert "resuming at step 10; steps 10 -> 20" in capsys.readouterr().out
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    whole = checkpoint(tmp_path / "whole")
+    assert any(not torch.equal(half[key], whole["model"][key]) for key in half)
+    assert any(not torch.equal(whole["ema"][key], whole["model"][key]) for key in half)
+
+    rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("whole", "parts")]
+    assert [row["step"] for row in rows[1]] == [5, 10, 15, 20]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def test_resume_on_two_processes_is_exact_and_ranks_differ(tmp_path):
+    flags = ["train.py", *TINY, "--log_every", "4"]
+    for argv in (["--steps", 8, "--out", tmp_path / "whole"],
+                 ["--steps", 4, "--out", tmp_path / "parts"],
+                 ["--steps", 8, "--out", tmp_path / "parts", "--resume"]):
+        done = script(*flags, *argv, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("output") == 1
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_processes_average_the_gradients_of_the_global_batch(tmp_path, in_process):
+    """With T = 1 and no dropout, flip or weight on the noise's draw, 1 and 2 ranks must agree
+    in what does not depend on the draw: the batch. Here: the data seen over one pass."""
+    for step in (0, 3):
+        whole = train.batch_index(step, 8, 100, seed=5)
+        halves = [whole[rank * 4:(rank + 1) * 4] for rank in (0, 1)]
+        assert np.array_equal(np.concatenate(halves), whole)
+    seen = np.concatenate([train.batch_index(step, 8, 100, 5) for step in range(25)])
+    assert np.array_equal(np.sort(seen), np.repeat(np.arange(100), 2))
+    assert not np.array_equal(seen[:100], seen[100:])
+    tiny = np.concatenate([train.batch_index(step, 7, 3, 5) for step in range(3)])
+    assert np.array_equal(np.bincount(tiny), [7, 7, 7])
+
+
+def test_fine_tuning_changes_free_settings_and_refuses_fixed_ones(tmp_path, in_process, capsys):
+    out = tmp_path / "run"
+    in_process("train", *TINY, "--mode", "dsm", "--steps", 2, "--out", out)
+    capsys.readouterr()
+    in_process("train", "--out", out, "--resume", "--mode", "adv", "--lam", "0.5", "--steps", 4)
+    text = capsys.readouterr().out
+    assert "mode dsm -> adv" in text and "lam 0.3 -> 0.5" in text and "mult" not in text
+    state = checkpoint(out)
+    assert state["step"] == 4 and state["config"]["mode"] == "adv"
+    before = (out / "ckpt.pt").read_bytes()
+    for flag in (["--channels", 16], ["--mult", "1,1"], ["--T", 100], ["--schedule", "cosine"]):
+        with pytest.raises(UserError, match=flag[0]):
+            in_process("train", "--out", out, "--resume", "--steps", 6, *flag)
+    with pytest.raises(UserError, match="holds a run"):
+        in_process("train", *TINY, "--steps", 2, "--out", out)
+    with pytest.raises(UserError, match="go together"):
+        in_process("train", *TINY, "--steps", 2, "--out", out, "--overwrite", "--noise_p", 0.5)
+    assert (out / "ckpt.pt").read_bytes() == before
+    in_process("train", *TINY, "--steps", 1, "--out", out, "--overwrite")
+    assert checkpoint(out)["step"] == 1
+
+
+def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
+    out = tmp_path / "run"
+    in_process("train", *TINY, "--steps", 9, "--log_every", 3, "--save_every", 2, "--keep", 3,
+               "--sample_every", 6, "--T", 5, "--out", out, "--noise_p", 0.9, "--noise_std", 0.2)
+    text = capsys.readouterr().out
+    assert text.startswith(f"output {out}\n") and "9,000 with noise of std 0.2" in text
+    assert "s/step" in text and "ETA" in text and "data" in text
+    assert sorted(path.name for path in out.iterdir()) == [
+        "ckpt.pt", "ckpt_0000006.pt", "ckpt_0000008.pt", "config.json", "data.png", "log.jsonl",
+        "samples_000006.png", "samples_000009.png"]
+    assert torch.load(out / "ckpt_0000006.pt", weights_only=True)["step"] == 6
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["dsm"] + row["reg"], rel=1e-4)
+        assert {"grad_norm", "residual", "omega", "img_s", "s_step", "data_wait"} <= row.keys()
+    config = json.loads((out / "config.json").read_text())
+    assert config["lam"] == 0.3 and config["reading"] == "sigma" and config["channels"] == 8
+
+
+def test_loss_falls(tmp_path, in_process):
+    in_process("train", *TINY, "--mode", "adv", "--dropout", 0, "--steps", 60, "--lr", "3e-3",
+               "--warmup", 0, "--log_every", 20, "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["dsm"] < 0.7 * rows[0]["dsm"]
+
+
+def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, in_process):
+    flags = [*TINY, "--out", tmp_path, "--log_every", 3, "--grad_clip", 0, "--warmup", 0]
+    in_process("train", *flags, "--steps", 3)
+    good = (tmp_path / "ckpt.pt").read_bytes()
+    with pytest.raises(UserError, match=r"loss of step (5|6) is not finite.*of step 3"):
+        in_process("train", "--resume", "--out", tmp_path, "--lr", "1e20", "--steps", 9)
+    assert (tmp_path / "ckpt.pt").read_bytes() == good
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_on_the_cpu(amp, tmp_path, in_process, capsys):
+    """The same code as on a GPU, scaler and inner step included; and its resume is exact."""
+    flags = [*TINY, "--amp", amp, "--log_every", 2]
+    in_process("train", *flags, "--steps", 6, "--out", tmp_path / "whole")
+    assert f"amp {amp}" in capsys.readouterr().out
+    in_process("train", *flags, "--steps", 2, "--out", tmp_path / "parts")
+    in_process("train", "--resume", "--steps", 6, "--out", tmp_path / "parts")
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    assert ("scale" in checkpoint(tmp_path / "whole")["scaler"]) == (amp == "fp16")
+
+
+def start(out, *argv, processes=1):
+    """A long run in the background, returned when it has logged a step."""
+    argv = ["train.py", *TINY, "--steps", 100_000, "--log_every", 1, "--out", out, *argv]
+    process = subprocess.Popen(command(*argv, processes=processes), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    deadline = time.time() + 120
+    while not (out / "log.jsonl").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 1), ("SIGINT", 1), ("SIGTERM", 2)])
+def test_a_signal_saves_and_exits(name, processes, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, processes=processes)
+    process.send_signal(getattr(signal, name))
+    text, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"stopped by {name}" in text, errors
+    if processes == 1:
+        assert process.returncode == 128 + getattr(signal, name) and errors == ""
+    step = checkpoint(out)["step"]
+    assert step > 0 and json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == step
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--save_every", "1", "--keep", "2")
+    deadline = time.time() + 60
+    while not (out / "ckpt.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))
+    process.kill()
+    process.wait()
+    step = checkpoint(out)["step"]
+    done = script("train.py", "--resume", "--out", out, "--steps", step + 2, "--save_every", "0")
+    assert done.returncode == 0 and f"resuming at step {step}" in done.stdout, done.stderr
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, step + 3))
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+
+def test_shapes_are_deterministic_and_anti_aliased():
+    a = train.shapes(200, 16, 3, seed=0)
+    assert a.shape == (200, 3, 16, 16) and a.dtype == np.uint8
+    assert np.array_equal(a, train.shapes(200, 16, 3, seed=0))
+    assert not np.array_equal(a, train.shapes(200, 16, 3, seed=1))
+    assert train.shapes(5, 28, 1, 0).shape == (5, 1, 28, 28)
+    # a blurred edge has levels between background and colour
+    levels = [len(np.unique(image.reshape(3, -1), axis=1).T) for image in a]
+    assert np.mean(levels) > 4
+    assert (a[:, :, 0, 0] == a[:, :, -1, -1]).all() and (a[:, 0, 0, 0] == a[:, 1, 0, 0]).all()
+
+
+def test_corruption_is_frozen_and_exact():
+    images = train.shapes(400, 16, 3, seed=0)
+    kinds = train.choose_corruption(400, 0.9, 0.1, seed=3)
+    assert np.sum(kinds == train.OUTLIER) == 40
+    assert np.sum(train.choose_corruption(400, 0.9, 0, 3) == train.NOISY) == 360
+    assert np.isin(np.flatnonzero(train.choose_corruption(400, 0.3, 0, 3)),
+                   np.flatnonzero(train.choose_corruption(400, 0.9, 0, 3))).all()
+    index = np.arange(400)
+    x = train.training_images(images, index, kinds, 0.2, 3)
+    shuffled = np.random.default_rng(0).permutation(400)
+    assert torch.equal(train.training_images(images, shuffled, kinds, 0.2, 3), x[shuffled])
+    clean = torch.from_numpy(images).float() / 127.5 - 1
+    noise = (x - clean)[torch.from_numpy(kinds == train.NOISY)]
+    assert torch.equal(x[kinds == train.CLEAN], clean[kinds == train.CLEAN])
+    assert noise.std().item() == pytest.approx(0.2, rel=0.01) and abs(noise.mean()) < 0.002
+    assert abs(torch.corrcoef(noise.flatten(1))[0, 1:]).mean() < 0.1
+    outliers = x[torch.from_numpy(kinds == train.OUTLIER)]
+    assert outliers.abs().max() <= 1
+    assert outliers.std().item() == pytest.approx(3**-0.5, rel=0.02)
+    assert not torch.equal(x, train.training_images(images, index, kinds, 0.2, 4))
+
+
+def picture(value, size=(40, 30), mode="RGB"):
+    image = Image.new(mode, size, value)
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    for i, name in enumerate(["b/deep/er/2.png", "a/1.PNG", "3.png", ".hidden/4.png", "._5.png"]):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture((10 * i, 100, 200)))
+    (folder / "labels.csv").write_text("1,2")
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for path in folder.rglob("*.*"):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder))
+    for source in (folder, tmp_path / "pictures.zip"):
+        cache = tmp_path / f"cache-{source.name}"
+        x = train.load_images("folder", 8, 3, source, cache)
+        assert x.shape == (3, 3, 8, 8) and x.dtype == np.uint8 and "decoding" in capsys.readouterr().out
+        assert sorted(x[:, 0, 0, 0].tolist()) == [0, 10, 20]
+        again = train.load_images("folder", 8, 3, source, cache)
+        assert np.array_equal(x, again) and "decoding" not in capsys.readouterr().out
+        # other settings, or other files, are decoded anew; half a file is never taken
+        assert train.load_images("folder", 4, 1, source, cache).shape == (3, 1, 4, 4)
+        (cache / f".{next(cache.glob('*-8x3-*')).name}.1.tmp").write_bytes(b"half")
+        assert np.array_equal(x, train.load_images("folder", 8, 3, source, cache))
+    capsys.readouterr()
+    (folder / "6.png").write_bytes(picture((60, 0, 0)))
+    assert len(train.load_images("folder", 8, 3, folder, tmp_path / "cache-pictures")) == 4
+    train.load_images("folder", 8, 3, folder)
+    assert list(folder.glob("folder-train-8x3-*.npy"))
+
+
+def test_fit_crops_resizes_and_converts():
+    wide = Image.new("RGB", (60, 20), "red")
+    wide.paste("blue", (20, 0, 40, 20))
+    assert (train.fit(wide, 10, 3)[:, :, :] == np.array([0, 0, 255])[:, None, None]).all()
+    # area average: a checkerboard of single pixels becomes its mean, no aliasing
+    board = Image.fromarray((np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8))
+    assert abs(train.fit(board, 8, 1).astype(int) - 127).max() <= 1
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
+        assert train.fit(Image.new(mode, (9, 9)), 4, 3).shape == (3, 4, 4)
+    same = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    assert np.array_equal(train.fit(same, 8, 3).transpose(1, 2, 0), np.asarray(same))
+    face = Image.new("RGB", (178, 218), "black")
+    face.paste("white", (25, 57, 153, 185))
+    assert (train.fit(face, 64, 3, aligned_celeba=True) == 255).all()
+    assert not (train.fit(face, 64, 3) == 255).all()
+
+
+def test_cifar_batches(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+    for i in range(5):
+        part = {b"data": data[2 * i:2 * i + 2], b"labels": [0, 1]}
+        (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(part, protocol=2))
+    (folder / "test_batch").write_bytes(pickle.dumps({b"data": data[:3]}, protocol=2))
+    for root in (tmp_path, folder):
+        x = train.load_images("cifar10", 32, 3, root, tmp_path / "cache")
+        assert np.array_equal(x, data.reshape(-1, 3, 32, 32))
+        assert len(train.load_images("cifar10", 32, 3, root, tmp_path / "cache", "test")) == 3
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/exploded",)
+
+    (folder / "data_batch_1").write_bytes(pickle.dumps({b"data": Bomb()}))
+    with pytest.raises(UserError, match="data_batch_1.*not run"):
+        train.load_images("cifar10", 32, 3, tmp_path, tmp_path / "cache")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_fashion_mnist_files(tmp_path):
+    data = np.arange(5 * 28 * 28, dtype=np.int64).reshape(5, 28, 28).astype(np.uint8)
+    header = np.array([0x803, 5, 28, 28], ">i4").tobytes()
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(header + data.tobytes()))
+    x = train.load_images("fashion_mnist", 28, 1, tmp_path, tmp_path)
+    assert np.array_equal(x[:, 0], data)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: not a readable"):
+        train.load_images("fashion_mnist", 28, 1, tmp_path, tmp_path)
+    with pytest.raises(UserError, match="no test images of fashion_mnist"):
+        train.load_images("fashion_mnist", 28, 1, tmp_path, tmp_path, "test")
+
+
+def test_celeba_crop_and_lsun_lmdb(tmp_path):
+    faces = tmp_path / "celeba" / "img_align_celeba"
+    faces.mkdir(parents=True)
+    face = Image.new("RGB", (178, 218), "black")
+    face.paste("white", (25, 57, 153, 185))
+    for k in range(3):
+        face.save(faces / f"{k:06d}.png")
+    x = train.load_images("celeba", 64, 3, tmp_path / "celeba", tmp_path)
+    assert x.shape == (3, 3, 64, 64) and (x == 255).all()
+
+    (tmp_path / "bedroom_train_lmdb").mkdir()
+    (tmp_path / "bedroom_train_lmdb" / "data.mdb").write_bytes(b"")
+    try:
+        import lmdb
+    except ImportError:
+        with pytest.raises(UserError, match="lmdb"):
+            train.load_images("lsun_bedroom", 64, 3, tmp_path, tmp_path)
+        return
+    (tmp_path / "bedroom_train_lmdb" / "data.mdb").unlink()
+    with lmdb.open(str(tmp_path / "bedroom_train_lmdb")) as environment:
+        with environment.begin(write=True) as transaction:
+            for k in range(4):
+                transaction.put(f"{k}".encode(), picture((k, 0, 0)))
+    for root in (tmp_path, tmp_path / "bedroom_train_lmdb"):
+        x = train.load_images("lsun_bedroom", 16, 3, root, tmp_path)
+        assert x[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders and files to go wrong with."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "empty").mkdir()
+    for name in ("corrupt", "fine"):
+        (root / name).mkdir()
+        (root / name / "1.png").write_bytes(picture("red"))
+    (root / "corrupt" / "2.jpg").write_bytes(picture("red")[:60])
+    (root / "false.zip").write_text("no zip")
+    with zipfile.ZipFile(root / "none.zip", "w") as archive:
+        archive.writestr("readme.txt", "no pictures")
+    (root / "run").mkdir()
+    (root / "run" / "ckpt.pt").write_bytes(b"PK no checkpoint")
+    return root
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+    (["--dataset", "folder"], "needs --data_dir"),
+    (["--dataset", "lsun_bedroom"], "needs --data_dir"),
+    (["--dataset", "folder", "--data_dir", "DIR/missing"], "no such file or folder"),
+    (["--dataset", "folder", "--data_dir", "DIR/empty"], "no train images"),
+    (["--dataset", "folder", "--data_dir", "DIR/corrupt"], "2.jpg: not a readable image"),
+    (["--dataset", "folder", "--data_dir", "DIR/false.zip"], "false.zip: not a readable"),
+    (["--dataset", "folder", "--data_dir", "DIR/none.zip"], "no train images"),
+    (["--dataset", "folder", "--data_dir", "DIR/fine", "--cache_dir", "DIR/false.zip"], "cache_dir"),
+    (["--image_size", "18", "--mult", "1,2,2"], "not a multiple of 4"),
+    (["--attention", "5"], "resolutions are"),
+    (["--mult", "1,x"], "'1,x' is not whole numbers"),
+    (["--noise_p", "1.5", "--noise_std", "0.1"], "'1.5' is not a number, at least 0 and at most 1"),
+    (["--noise_p", "nan"], "'nan' is not a number"),
+    (["--noise_p", "0.5"], "go together"),
+    (["--outlier_p", "-1"], "--outlier_p"),
+    (["--steps", "many"], "'many' is not a whole number"),
+    (["--batch_size", "9", "--accum", "2"], "does not divide"),
+    (["--beta_max", "0.001"], "below beta_min"),
+    (["--dropout", "1"], "below 1"),
+    (["--device", "abacus"], "device abacus"),
+    (["--resume", "--out", "DIR/empty"], "no checkpoint at"),
+    (["--resume", "--out", "DIR/run"], "not a checkpoint of train.py"),
+    (["--out", "DIR/run"], "holds a run"),
+    (["--out", "DIR/false.zip/run"], "--out"),
+    (["--sterps", "3"], "unrecognized arguments: --sterps"),
+])
+def test_a_mistake_ends_in_one_line_and_status_2(argv, words, places, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path for path in places.rglob("*"))
+    argv = [part.replace("DIR", str(places)) for part in argv]
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: train.main([*TINY, "--steps", "1", *argv]))
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.startswith("error: ")
+    assert words in message and message.count("\n") == 1
+    assert sorted(path for path in places.rglob("*")) == before
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_mistake_as_the_user_sees_it(tmp_path):
+    done = script("train.py", "--dataset", "cifar100", "--out", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: argument --dataset: invalid choice")
+    shown = script("train.py", "-h")
+    assert shown.returncode == 0 and not shown.stderr
+    for flags in train.FLAGS.values():
+        assert all(f"--{name}" in shown.stdout for name in flags)
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def refuse(*_, **__):
+        raise OSError("name resolution failed\nat length")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("CIFAR10", "FashionMNIST", "CelebA"):
+        monkeypatch.setattr(datasets, name, refuse)
+    for dataset in ("cifar10", "fashion_mnist", "celeba"):
+        with pytest.raises(UserError, match="could not be downloaded .*--data_dir") as error:
+            train.load_images(dataset, 32, 3)
+        assert "\n" not in str(error.value)
+
+
+def test_presets_fit_their_networks_and_the_published_sizes():
+    from model import UNET_KEYS, UNet
+    sizes = {"cifar10": 35_746_307, "celeba": 78_700_803, "lsun_bedroom-256": 113_673_219}
+    for name in train.PRESETS:
+        dataset, _, size = name.partition("-")
+        given = {"dataset": dataset, **({"image_size": int(size)} if size else {})}
+        cfg = train.settle(given, {})
+        with torch.device("meta"):
+            net = UNet(**{key: cfg[key] for key in UNET_KEYS})
+        assert sizes.get(name) in (None, sum(p.numel() for p in net.parameters()))
+        unknown = set(train.PRESETS[name]) - set(cfg)
+        assert not unknown
