@@ -150,8 +150,9 @@ def repeat_randomness(device):
     lack of equivariance. Draw everything else first: a rewind repeats what came after.
     """
     module = torch if device.type == "cpu" else getattr(torch, device.type)
-    state = module.get_rng_state()
-    return lambda: module.set_rng_state(state)
+    which = (device,) if device.type == "cuda" else ()
+    state = module.get_rng_state(*which)
+    return lambda: module.set_rng_state(state, *which)
 
 
 def random_omega(r, like):
@@ -165,7 +166,7 @@ def ascend(omega, net, x_t, s, t, r, clean, cfg, again=lambda: None):
     omega: the start, U[-r, r], (B, ...): J's gradient is exactly zero at omega = 0.
     linf: omega <- clip(omega + 1.25 r sign(grad J), -r, r).
     l2:   omega <- r sqrt(d) grad J / |grad J|, d elements a sample: a corner's mean square.
-    Where the gradient is zero (a fresh network), omega stays as it was.
+    Where the gradient is zero (a fresh network) or overflows, omega stays as it was.
 
     net: called on detached parameters, so no weight gradient is computed.
     clean: eps_theta(x_t, t), (B, ...).  again: called before the network, to repeat its dropout.
@@ -180,12 +181,13 @@ def ascend(omega, net, x_t, s, t, r, clean, cfg, again=lambda: None):
             (grad,) = torch.autograd.grad(J, omega)
         omega = omega.detach()
         if cfg.ascent_norm == "linf":
-            step = cfg.ascent_step * r * grad.sign()
+            step = cfg.ascent_step * r * grad.nan_to_num(0.0).sign()
             omega = torch.minimum(torch.maximum(omega + step, -r), r)
         else:
             norm = grad.flatten(1).norm(dim=1).view_as(r)
             length = r * math.sqrt(grad[0].numel())
-            omega = torch.where(norm > 0, length * grad / norm, omega)
+            usable = (norm > 0) & norm.isfinite()
+            omega = torch.where(usable, length * grad / norm, omega)
     return omega
 
 

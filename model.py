@@ -1,7 +1,6 @@
 """The DDPM U-Net (Ho et al. 2020) and the half of a checkpoint that rebuilds it."""
 
 import math
-import pickle
 import sys
 from pathlib import Path
 
@@ -17,11 +16,13 @@ class UserError(Exception):
 def run_cli(main):
     """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
     try:
-        status = main()
+        sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -127,6 +128,8 @@ class UNet(nn.Module):
     def __init__(self, image_size=32, in_channels=3, channels=128, mult=(1, 2, 2, 2), blocks=2,
                  attention=(16,), dropout=0.1):
         super().__init__()
+        if not mult:
+            raise UserError("mult is empty: a network has at least one level")
         sizes = [image_size // 2**i for i in range(len(mult))]
         self.factor = 2 ** (len(mult) - 1)
         if image_size < self.factor or image_size % self.factor:
@@ -210,10 +213,10 @@ class UNet(nn.Module):
 UNET_KEYS = ("image_size", "in_channels", "channels", "mult", "blocks", "attention", "dropout")
 
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path):
     """The checkpoint at `path` (file, or run folder holding ckpt.pt), as train.py wrote it.
 
-    Loaded with weights_only=True, so a file with code in it is refused, not run.
+    Loaded to the CPU with weights_only=True, so a file with code in it is refused, not run.
     Raises UserError when it is missing, truncated or not one of ours.
     """
     path = Path(path)
@@ -221,11 +224,11 @@ def read_checkpoint(path, device="cpu"):
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{path} is not a checkpoint of train.py: truncated, foreign, or with code "
                         "in it (not run)") from error
-    wanted = {"model", "ema", "step", "config"}
+    wanted = {"model", "ema", "optimizer", "scaler", "step", "config"}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {sorted(wanted)}")
     return checkpoint
@@ -238,11 +241,12 @@ def load_model(path, device="cpu", ema=True):
     Returns (net in eval mode on `device`, its config dict, the step it was saved at).
     Raises UserError as `read_checkpoint`, or when the weights do not fit the config.
     """
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
     try:
-        net = UNet(**{key: config[key] for key in UNET_KEYS}).to(device)
+        net = UNet(**{key: config[key] for key in UNET_KEYS})
         net.load_state_dict(checkpoint["ema" if ema else "model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: its weights do not fit its config") from error
+    net = net.to(device, memory_format=torch.channels_last)
     return net.eval().requires_grad_(False), config, checkpoint["step"]

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 -- sample.py out/cifar10-adv --num 50000
 
 Image k depends on (--seed, k) and the weights alone: not on the batch size, nor on how many
-processes share the work. An interrupted run, started again, draws the missing images only.
+processes share the work (but for rounding: at times one level of 255). An interrupted run,
+started again, draws the missing images only.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +90,12 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     return x
 
 
+# The first word of every seed, so that no two uses of randomness share a stream
+INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES = range(1, 8)
+
+
 def mix(*numbers):
-    """Hash non-negative integers into one 63-bit seed."""
+    """Hash non-negative integers, the first of them one of the above, into a 63-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -99,7 +105,7 @@ def image_noise(seed, indices, shape, device):
     Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
     arguments -> (len(indices), *shape) on `device`.
     """
-    generators = [torch.Generator().manual_seed(mix(seed, k)) for k in indices]
+    generators = [torch.Generator().manual_seed(mix(IMAGE, seed, k)) for k in indices]
 
     def draw():
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -155,17 +161,16 @@ def setup(device="auto"):
 
 
 def start_group(device):
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere.
+
+    A day's patience: one process decodes a data set, or draws pictures, while the others wait.
+    """
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
 
 
 def duration(seconds):
-    """Seconds -> "1h02m", "3m04s" or "5s"."""
-    seconds = int(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+    """Seconds -> "1:02:03"."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,23 +244,34 @@ def weights_hash(net):
 def claim_folder(out, provenance, overwrite):
     """Check that the images in `out` were drawn as `provenance` says, or clear them; write it."""
     note = out / "samples.json"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, not a folder")
-    images = sorted(out.glob("[0-9]*.png"))
+    images = sorted(out.glob("[0-9]" * 6 + ".png"))
     try:
-        old = json.loads(note.read_text()) if note.exists() else {}
-    except ValueError:
+        old = dict(json.loads(note.read_text()))
+    except (OSError, ValueError, TypeError):
         old = {}
-    changed = [key for key, value in provenance.items() if key != "num" and old.get(key) != value]
-    if images and changed:
-        if not overwrite:
-            raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
-                            "use --overwrite or another --out")
-        for path in images + [out / "samples.npz"]:
-            path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    changed = [key for key, value in provenance.items()
+               if key not in ("num", "run") and old.get(key) != value]
+    if images and changed and not overwrite:
+        raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
+                        "use --overwrite or another --out")
     text = json.dumps(provenance, indent=2) + "\n"
-    write_atomically(note, lambda temporary: temporary.write_text(text))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in images if changed else []:
+            path.unlink()
+        (out / "samples.npz").unlink(missing_ok=True)
+        write_atomically(note, lambda temporary: temporary.write_text(text))
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
+
+
+def read_back(path, shape):
+    """A PNG as uint8 (H, W, C); one that a crash damaged is removed, for the next start."""
+    try:
+        return np.asarray(Image.open(path)).reshape(shape)
+    except (OSError, ValueError, SyntaxError) as error:
+        path.unlink()
+        raise UserError(f"{path} was damaged and is removed: run the same command again") from error
 
 
 def main(argv=None):
@@ -263,7 +279,10 @@ def main(argv=None):
     args = parse_args(argv)
     rank, _, world, device = setup(args.device)
     net, config, step = load_model(args.run, device, ema=not args.raw)
-    diffusion = Diffusion(config["T"], config["schedule"], device)
+    try:
+        diffusion = Diffusion(config["T"], config["schedule"], device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{args.run}: no noise schedule in its config") from error
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
     run = Path(args.run)
@@ -314,8 +333,7 @@ def main(argv=None):
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        images = np.stack([np.array(Image.open(path(k))) for k in range(args.num)])
-        images = images.reshape(args.num, *shape[1:], shape[0])
+        images = np.stack([read_back(path(k), (*shape[1:], shape[0])) for k in range(args.num)])
         write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
         save_grid(images[:64].transpose(0, 3, 1, 2), f"{out}.png")
         print(f"\n{args.num} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "

@@ -20,15 +20,12 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 import zipfile
-import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losses import MODES, READINGS, Diffusion, Perturbation
 from model import UNET_KEYS, UNet, UserError, read_checkpoint, run_cli
-from sample import (Parser, duration, image_noise, mix, number, sample, save_grid, setup,
-                    start_group, to_uint8, write_atomically)
+from sample import (CHOICE, CORRUPT, INIT, ORDER, SHAPES, STEP, Parser, duration, image_noise, mix,
+                    number, sample, save_grid, setup, start_group, to_uint8, write_atomically)
 
 # ---------------------------------------------------------------------------------------------
 # Settings: a default, a preset of the data set, a resumed run's config, a flag; the later wins
@@ -116,7 +113,7 @@ FLAGS = {
         "log_every": (100, natural, "a line on the screen and in log.jsonl"),
         "sample_every": (10_000, natural, "a grid of EMA samples"),
         "save_every": (5000, natural, "a checkpoint (there is always one at the end)"),
-        "keep": (1, count, "checkpoints kept: ckpt.pt, and older ones as ckpt_<step>.pt"),
+        "keep": (1, count, "1: ckpt.pt alone; more: also the newest so many as ckpt_<step>.pt"),
     },
 }
 PRESETS = {
@@ -141,14 +138,11 @@ FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
 # Data: every set becomes one uint8 array (N, C, H, W)
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-# What the readers below raise on a damaged file
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, zlib.error,
-              zipfile.BadZipFile, pickle.UnpicklingError, Image.DecompressionBombError)
 
 
 def shapes(n, size, channels, seed):
     """n anti-aliased coloured discs and boxes on dark grey: uint8 (n, channels, size, size)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([SHAPES, seed])
 
     def uniform(low, high):
         return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
@@ -173,7 +167,7 @@ def is_image(name):
     """By its suffix; hidden files and the Macintosh's shadow files are not."""
     path = Path(name)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not str(name).endswith("/")
 
 
 def open_images(files, split):
@@ -190,7 +184,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads CIFAR-10's batches: numpy arrays and plain values, nothing that could run."""
 
     def find_class(self, module, name):
-        known = module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype")
+        known = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
         if known or (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
@@ -209,9 +203,13 @@ def open_idx(files, split):
 
 
 def open_lsun(files, split):
-    from torchvision.datasets import LSUN
-    images = LSUN(str(files[0].parent.parent), [files[0].parent.name.removesuffix("_lmdb")])
-    return range(len(images)), lambda i: images[i][0]
+    # directly: torchvision's LSUN pickles its list of keys into the current folder
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f"{files[0]}: reading LSUN needs lmdb (pip install lmdb)") from error
+    base = lmdb.open(str(files[0].parent), readonly=True, lock=False).begin()
+    return list(base.cursor().iternext(values=False)), lambda k: Image.open(io.BytesIO(base.get(k)))
 
 
 # The formats that data sets are published in: (folders to look in, files of each split, reader)
@@ -235,8 +233,8 @@ def find_source(dataset, root, split):
     folders, reader, names = PUBLISHED.get(dataset, ([], None, {}))
     for folder in folders:
         files = [root / folder / name for name in names[split]]
-        if files[0].is_file():
-            return [file for file in files if file.is_file()], reader
+        if all(file.is_file() for file in files):
+            return files, reader
     found = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
              for name in names]
     return sorted(file for file in found if is_image(file.relative_to(root))), open_images
@@ -252,9 +250,10 @@ def download(dataset, root):
     print(f"downloading {dataset} to {root}", flush=True)
     try:
         makers[dataset](root, download=True)
-    except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"{dataset} could not be downloaded ({str(error).splitlines()[0][:100]}): "
-                        "fetch it by hand and name its folder or zip with --data_dir") from error
+    except Exception as error:  # network, quota, a missing helper package: all end alike
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise UserError(f"{dataset} could not be downloaded ({reason}): fetch it by hand and name "
+                        "its folder or zip with --data_dir") from error
 
 
 def fit(image, size, channels, aligned_celeba=False):
@@ -263,7 +262,11 @@ def fit(image, size, channels, aligned_celeba=False):
     Shrinking averages over the area that a pixel covers (no aliasing); enlarging is bicubic.
     CelebA's aligned 178x218 images are cropped to the usual 128x128 around (89, 121).
     """
-    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16-bit grey, which PIL would clip and not scale
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+    image = image.convert("RGB" if channels == 3 else "L")
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -275,15 +278,15 @@ def fit(image, size, channels, aligned_celeba=False):
 
 
 def decode_all(path, dataset, files, reader, size, channels, split):
-    """Decode a source into the uint8 .npy `path`, with a line of progress. UserError if it cannot.
+    """Decode a source into the uint8 .npy `path`, with a line of progress every five seconds.
 
-    The file or image at fault is named.
+    Raises UserError naming the file or image at fault.
     """
     try:
         items, read = reader(files, split)
-    except ImportError as error:
-        raise UserError(f"{files[0]}: reading LSUN needs lmdb (pip install lmdb)") from error
-    except UNREADABLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{files[0]}: not a readable {dataset} file ({error})") from error
     if dataset == "celeba":
         # the official split is by file number; of a smaller set all are training images
@@ -291,24 +294,25 @@ def decode_all(path, dataset, files, reader, size, channels, split):
     if not len(items):
         raise UserError(f"no {split} images of {dataset} in {files[0]}")
 
-    def decode(item):
+    def decode(i):
         try:
-            return fit(read(item), size, channels, dataset == "celeba")
-        except UNREADABLE as error:
-            name = item if isinstance(item, (str, Path)) else f"an image of {files[0]}"
+            return fit(read(items[i]), size, channels, dataset == "celeba")
+        except Exception as error:
+            name = items[i] if isinstance(items[i], (str, Path)) else f"image {i} of {files[0]}"
             raise UserError(f"{name}: not a readable image ({error})") from error
 
     cache = np.lib.format.open_memmap(path, "w+", np.uint8, (len(items), channels, size, size))
     start = shown = time.time()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in range(0, len(items), 1000):
-            for i, image in enumerate(pool.map(decode, items[done:done + 1000]), done):
+        for first in range(0, len(items), 1000):
+            last = min(first + 1000, len(items))
+            for i, image in zip(range(first, last), pool.map(decode, range(first, last))):
                 cache[i] = image
-            if time.time() - shown > 5 or i + 1 == len(items):
+            if time.time() - shown > 5 or last == len(items):
                 shown = time.time()
-                rate = (i + 1) / (shown - start)
-                print(f"decoding {dataset} {split}: {i + 1:,}/{len(items):,} images, {rate:,.0f}/s"
-                      f", ETA {duration((len(items) - i - 1) / rate)}", flush=True)
+                rate = last / (shown - start)
+                print(f"decoding {dataset} {split}: {last:,}/{len(items):,} images, {rate:,.0f}/s, "
+                      f"ETA {duration((len(items) - last) / rate)}", flush=True)
     cache.flush()
 
 
@@ -322,6 +326,8 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
     Raises UserError for a missing, empty or unreadable source, naming the file.
     """
     if dataset == "shapes":
+        if data_dir:
+            raise UserError("--data_dir: the data set shapes is drawn; say which --dataset it is")
         n, seed = (10_000, 0) if split == "train" else (2000, 1)
         return shapes(n, image_size, in_channels, seed)
     root = Path(data_dir or f"data/{dataset}")
@@ -338,20 +344,20 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
     stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     folder = Path(cache_dir or (root if root.is_dir() else root.parent))
     cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{stamp}.npy"
-    if not cache.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not cache.exists():
             write_atomically(cache, lambda path: decode_all(path, dataset, files, reader,
                                                             image_size, in_channels, split))
-        except OSError as error:
-            raise UserError(f"cannot write {cache} ({error.strerror}): choose another --cache_dir"
-                            ) from error
-    return np.load(cache, mmap_mode="r")
+        return np.load(cache, mmap_mode="r")
+    except OSError as error:
+        raise UserError(f"cannot write {cache} ({error.strerror}): choose another --cache_dir"
+                        ) from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{cache} is damaged: delete it, and it is made anew") from error
 
 
 CLEAN, NOISY, OUTLIER = 0, 1, 2
-# The first word of every seed, so that no two uses of randomness ever share a stream
-ORDER, CHOICE, CORRUPT, STEP = 1, 2, 3, 4
 
 
 def choose_corruption(n, noise_p, outlier_p, seed):
@@ -396,17 +402,6 @@ def batch_index(step, batch_size, n, seed):
                            for e in np.unique(epochs)])
 
 
-def prefetch(fetch, first, last, depth=3):
-    """Yield fetch(step) for first <= step < last, fetched ahead by two threads."""
-    with ThreadPoolExecutor(2) as pool:
-        pending = deque(pool.submit(fetch, step) for step in range(first, min(first + depth, last)))
-        for step in range(first, last):
-            batch = pending.popleft().result()
-            if step + depth < last:
-                pending.append(pool.submit(fetch, step + depth))
-            yield batch
-
-
 # ---------------------------------------------------------------------------------------------
 # Command line and run folder
 
@@ -426,6 +421,7 @@ def parse_args(argv=None):
             group.add_argument(f"--{name}", help=f"{text} ({default})", **{key: kind}, **more)
     group = p.add_argument_group("run folder")
     group.add_argument("--out", help="where it is (out/<dataset>-<mode>)")
+    group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true",
                        help="go on from its checkpoint, with the settings stored there")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
@@ -435,16 +431,16 @@ def parse_args(argv=None):
 def settle(given, stored):
     """The run's settings: defaults < preset < a resumed run's own < flags. UserError if foolish."""
     defaults = {name: flag[0] for flags in FLAGS.values() for name, flag in flags.items()}
-    chosen = {**defaults, **stored, **given}
-    name = f"{chosen['dataset']}-{given.get('image_size')}"
-    preset = PRESETS[name if name in PRESETS else chosen["dataset"]]
+    dataset = {**defaults, **stored, **given}["dataset"]
+    special = f"{dataset}-{given.get('image_size')}"
+    preset = PRESETS[special if special in PRESETS else dataset]
     cfg = {**defaults, **preset, **stored, **given}
-    cfg = {key: value for key, value in cfg.items() if key in defaults}
+    cfg = {name: cfg[name] for name in defaults if name != "device"}
 
     for key in FIXED:
         if stored and cfg[key] != stored[key]:
             raise UserError(f"--{key} {cfg[key]}: the checkpoint's network has {stored[key]}")
-    if (cfg["noise_p"] > 0) != (cfg["noise_std"] > 0):
+    if cfg["noise_p"] and not cfg["noise_std"] or given.get("noise_std") and not cfg["noise_p"]:
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
     beta_max = cfg["beta_max"] or READINGS[cfg["reading"]][1]
     if beta_max < cfg["beta_min"]:
@@ -452,14 +448,28 @@ def settle(given, stored):
     return cfg
 
 
+DIGITS = "[0-9]" * 7
+
+
 def run_files(out):
     """The files of an earlier run in a folder."""
-    return [path for pattern in ("ckpt*.pt", "config.json", "log.jsonl", "data.png",
-                                 "samples_*.png") for path in out.glob(pattern)]
+    patterns = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.png",
+                f"samples_{DIGITS}.png")
+    return [path for pattern in patterns for path in out.glob(pattern)]
 
 
-def save_checkpoint(path, state, keep, previous):
-    """Write `path`, whole at every moment; what it held stays as ckpt_<previous>.pt if kept."""
+def trim_log(log, step):
+    """Drop lines past `step`, which will be logged again, and one that a kill cut short."""
+    kept = []
+    for line in log.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def save_checkpoint(out, state, keep):
+    """Write ckpt.pt, whole at every moment; keep > 1 also as ckpt_<step>.pt, the newest `keep`."""
 
     def save(temporary):
         with open(temporary, "wb") as file:
@@ -467,17 +477,13 @@ def save_checkpoint(path, state, keep, previous):
             file.flush()
             os.fsync(file.fileno())
 
-    if keep > 1 and path.exists():
-        older = path.with_name(f"ckpt_{previous:07d}.pt")
-        older.unlink(missing_ok=True)
-        try:
-            os.link(path, older)
-        except OSError:
-            shutil.copyfile(path, older)
-    write_atomically(path, save)
-    # keep counts ckpt.pt; None, for keep = 1, is all of the older ones
-    for older in sorted(path.parent.glob("ckpt_*.pt"))[:-(keep - 1) or None]:
-        older.unlink()
+    newest = out / "ckpt.pt"
+    write_atomically(newest, save)
+    if keep > 1:
+        write_atomically(out / f"ckpt_{state['step']:07d}.pt",
+                         lambda temporary: shutil.copyfile(newest, temporary))
+    for old in sorted(out.glob(f"ckpt_{DIGITS}.pt"))[:-keep if keep > 1 else None]:
+        old.unlink()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -503,26 +509,35 @@ class Objective(nn.Module):
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     given = parse_args(argv)
-    rank, local, world, device = setup(given.get("device", "auto"))
+    rank, local, world, device = setup(given.pop("device", "auto"))
     cuda, lead = device.type == "cuda", rank == 0
     say = print if lead else lambda *_, **__: None
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     out = Path(given.pop("out", f"out/{given.get('dataset', 'shapes')}-{given.get('mode', 'adv')}"))
     say(f"output {out}", flush=True)
 
-    # -- settings: whatever can be wrong is found before anything is written
+    # --- settings: whatever can be wrong is found before anything is written
+
     saved = read_checkpoint(out) if resume else None
     stored = saved["config"] if resume else {}
-    cfg = SimpleNamespace(**settle(given, stored))
+    start = saved["step"] if resume else 0
+    try:
+        cfg = argparse.Namespace(**settle(given, stored))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{out}/ckpt.pt: its config is not one of train.py") from error
     if lead and run_files(out) and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
+    if start >= cfg.steps:
+        raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
     if cfg.batch_size % (world * cfg.accum):
         raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
                         f"x {cfg.accum} parts")
 
-    # -- network: the same initial weights on every rank
-    torch.manual_seed(cfg.seed)
+    # --- network: the same initial weights on every rank
+
+    torch.manual_seed(mix(INIT, cfg.seed))
     net = UNet(**{key: getattr(cfg, key) for key in UNET_KEYS})
     net = net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -536,22 +551,25 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16,
                               enabled=amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    start = 0
     if resume:
-        net.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        start = saved["step"]
+        try:
+            net.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+            optimizer.load_state_dict(saved["optimizer"])
+            if saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{out}/ckpt.pt: its weights do not fit its config") from error
+        del saved
 
-    # -- data: decoded once a machine, however long it takes
+    # --- data: decoded by one process a machine while the others wait
+
     source = (cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir, cfg.cache_dir)
     if world > 1:
         start_group(device)
         if local == 0:
             load_images(*source)
-        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+        dist.barrier()
     images = load_images(*source)
     kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
     share = cfg.batch_size // world
@@ -562,23 +580,22 @@ def main(argv=None):
         batch = training_images(images, index, kinds, cfg.noise_std, cfg.seed)
         return batch.pin_memory() if cuda else batch
 
-    # -- run folder
+    # --- run folder
+
     log = out / "log.jsonl"
-    if lead:
-        try:
+    try:
+        if lead:
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}") from error
-        if resume and log.exists():
-            # steps past the checkpoint will be taken, and logged, again
-            rows = [row for row in log.read_text().splitlines() if json.loads(row)["step"] <= start]
-            log.write_text("".join(f"{row}\n" for row in rows))
-        for path in run_files(out) if not resume else []:
-            path.unlink()
-        (out / "config.json").write_text(json.dumps(vars(cfg), indent=2) + "\n")
-        some = training_images(images, np.arange(min(64, len(images))), kinds, cfg.noise_std,
-                               cfg.seed)
-        save_grid(to_uint8(some), out / "data.png")
+            for path in run_files(out) if overwrite else []:
+                path.unlink()
+            if resume and log.exists():
+                trim_log(log, start)
+            (out / "config.json").write_text(json.dumps(vars(cfg), indent=2) + "\n")
+            some = np.arange(min(64, len(images)))
+            save_grid(to_uint8(training_images(images, some, kinds, cfg.noise_std, cfg.seed)),
+                      out / "data.png")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
     if resume:
         changed = [f"{key} {stored.get(key)} -> {value}" for key, value in vars(cfg).items()
                    if stored.get(key) != value]
@@ -591,6 +608,8 @@ def main(argv=None):
         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
         f"compile {'on' if compiled else 'off'}", flush=True)
 
+    # --- loop
+
     if compiled:
         net.compile()
     perturbation = Perturbation(**{name: getattr(cfg, name)
@@ -599,20 +618,20 @@ def main(argv=None):
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
-
     signals = []
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: signals.append(number))
-    batches = prefetch(fetch, start, cfg.steps)
+    loader = ThreadPoolExecutor(1)
+    ahead = loader.submit(fetch, start)
     step = kept = start
     recent, waited, stop = [], 0.0, False
     began = mark = time.perf_counter()
 
     while step < cfg.steps and not stop:
-        # -- one step
         tic = time.perf_counter()
-        batch = next(batches)
+        batch = ahead.result()
         waited += time.perf_counter() - tic
+        ahead = loader.submit(fetch, step + 1)
         # stateless: all that is random in a step depends on (seed, rank, step): resume is exact
         torch.manual_seed(mix(STEP, cfg.seed, rank, step))
         for group in optimizer.param_groups:
@@ -625,11 +644,10 @@ def main(argv=None):
 
         row = 0
         for i, part in enumerate(x0.chunk(cfg.accum)):
-            whole = world == 1 or i == cfg.accum - 1
-            with contextlib.nullcontext() if whole else objective.no_sync():
-                with autocast:
-                    loss, figures = objective(part)
-                scaler.scale(loss / cfg.accum).backward()
+            objective.require_backward_grad_sync = i == cfg.accum - 1
+            with autocast:
+                loss, figures = objective(part)
+            scaler.scale(loss / cfg.accum).backward()
             row = row + torch.stack([loss.detach(), *figures.values()]) / cfg.accum
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf)
@@ -638,64 +656,72 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         # the decay ramps up, so that a short run's average is not one of its first weights
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - decay)
         recent.append(torch.cat([row, norm.detach()[None]]))
         step += 1
 
-        # -- what is due; figures stay on the device until then
         if world == 1:
             stop = bool(signals)
-        elif step % 10 == 0:
-            # all ranks stop at the same step; to agree costs a wait, hence every tenth
+        elif not cuda or step % 10 == 0:
+            # all ranks stop at the same step; on a GPU to agree costs a wait, hence every tenth
             asked = torch.tensor(float(len(signals)), device=device)
             dist.all_reduce(asked)
             stop = asked.item() > 0
         logs, saves, draws = (every and step % every == 0 for every in
                               (cfg.log_every, cfg.save_every, cfg.sample_every))
         ends = stop or step == cfg.steps
-        if not (logs or saves or draws or ends):
+        # the figures stay on the device until something is due
+        if not (logs or saves or draws or ends or len(recent) % 100 == 0):
             continue
 
         table = torch.stack(recent)
         if world > 1:
             dist.all_reduce(table)
         table = (table / world).cpu()
-        for i, value in enumerate(table[:, 0], step - len(recent) + 1):
-            if not value.isfinite():
-                good = f"of step {kept}" if (out / "ckpt.pt").exists() else "never written"
-                raise UserError(f"the loss of step {i} is not finite; {out}/ckpt.pt, the last good "
-                                f"checkpoint, is {good}")
+        # under fp16 the scaler skips a step whose gradient overflows
+        sound = table[:, 0].isfinite() & (table[:, -1].isfinite() | scaler.is_enabled())
+        if not sound.all():
+            bad = step - len(recent) + 1 + int(sound.int().argmin())
+            good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
+            raise UserError(f"the loss or its gradient is not finite at step {bad}; last good "
+                            f"checkpoint: {good}")
         if logs:
             spent = (time.perf_counter() - mark) / len(recent)
-            names = ["loss", *figures, "grad_norm"]
-            row = dict(zip(names, table.mean(0).tolist()))
-            say(f"step {step:,}/{cfg.steps:,}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items())
-                + f"  {cfg.batch_size / spent:.1f} img/s  {spent:.3f} s/step"
-                f"  data {waited / len(recent) / spent:.1%}"
-                f"  ETA {duration((cfg.steps - step) * spent)}", flush=True)
+            means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
+            row = dict(zip(["loss", *figures, "grad_norm"], means))
             row = {"step": step, **row, "img_s": cfg.batch_size / spent, "s_step": spent,
-                   "data_wait": waited / len(recent) / spent}
+                   "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
+            say(f"step {step:,}/{cfg.steps:,}  "
+                + "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *figures, "grad_norm"))
+                + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
+                f"  ETA {duration(row['eta_s'])}", flush=True)
             if lead:
                 with open(log, "a") as file:
                     file.write(json.dumps(row) + "\n")
+        if logs or len(recent) >= 1000:
+            recent, waited, mark = [], 0.0, time.perf_counter()
+        tic = time.perf_counter()
         if (saves or ends) and lead:
-            save_checkpoint(out / "ckpt.pt", {
+            save_checkpoint(out, {
                 "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "config": vars(cfg)}, cfg.keep, kept)
+                "config": vars(cfg)}, cfg.keep)
+        if saves or ends:
             kept = step
         if (draws or cfg.sample_every and step == cfg.steps) and lead:
             noise = image_noise(cfg.seed, range(64), images.shape[1:], device)
             x = sample(ema, diffusion, noise, steps=min(50, cfg.T))
-            save_grid(to_uint8(x).cpu(), out / f"samples_{step:06d}.png")
-        recent, waited, mark = [], 0.0, time.perf_counter()
+            save_grid(to_uint8(x).cpu(), out / f"samples_{step:07d}.png")
+        mark += time.perf_counter() - tic  # a picture's time is not a step's
 
+    loader.shutdown()
     if world > 1:
         dist.destroy_process_group()
     if stop:
-        say(f"stopped by {signal.Signals(signals[0]).name if signals else 'another process'} at "
-            f"step {step:,}; saved, --resume continues")
-        return 128 + (signals[0] if signals else signal.SIGTERM)
+        number = signals[0] if signals else signal.SIGTERM
+        say(f"stopped by {signal.Signals(number).name} at step {step:,}; saved, --resume continues")
+        return 128 + number
     say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}; "
         f"python sample.py {out} draws from it")
 

@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 # The smallest run that has every part: two levels, attention, dropout
-TINY = ["--image_size", "16", "--channels", "8", "--mult", "1,2", "--blocks", "1", "--attention", "8",
-        "--dropout", "0.1", "--batch_size", "8", "--sample_every", "0", "--save_every", "0"]
+TINY = ["--image_size", "16", "--channels", "8", "--mult", "1,2", "--blocks", "1",
+        "--attention", "8", "--dropout", "0.1", "--batch_size", "8", "--sample_every", "0",
+        "--save_every", "0"]
 
 
 def script(*argv, processes=1, **kwargs):
@@ -27,7 +28,8 @@ def script(*argv, processes=1, **kwargs):
 def command(*argv, processes=1):
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+        start += ["-m", "torch.distributed.run", "--standalone",
+                  f"--nproc_per_node={processes}", "--"]
     return start + [str(part) for part in argv]
 
 

@@ -193,6 +193,13 @@ def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys
     assert kept == (out / "000000.png").stat().st_mtime_ns
     assert abs(images(out)[:6].astype(int) - first).max() <= 1 and len(images(out)) == 8
 
+    # a damaged picture is removed by name, and drawn again; the settings' spelling is no matter
+    (out / "000002.png").write_bytes(b"half")
+    with pytest.raises(UserError, match="000002.png was damaged"):
+        in_process("sample", *common, 8)
+    in_process("sample", run / "ckpt.pt", *common[1:], 8)
+    assert abs(images(out)[:6].astype(int) - first).max() <= 1
+
     with pytest.raises(UserError, match="steps differ"):
         in_process("sample", *common, 8, "--steps", 3)
     assert len(list(out.glob("0*.png"))) == 8
@@ -207,7 +214,7 @@ def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys
     (["RUN", "--sampler", "euler"], "invalid choice"),
     (["RUN", "--device", "cuda"], "device cuda"),
     (["RUN", "--device", "tpu9"], "device tpu9"),
-    (["RUN", "--out", "LICENSE"], "is a file"),
+    (["RUN", "--out", "LICENSE"], "--out LICENSE: File exists"),
     ([], "run"),
 ])
 def test_bad_input_ends_in_one_line(run, argv, words):

@@ -62,7 +62,8 @@ def test_resume_is_exact(mode, tmp_path, in_process, capsys):
 
 
 def test_resume_on_two_processes_is_exact_and_ranks_differ(tmp_path):
-    flags = ["train.py", *TINY, "--log_every", "4"]
+    flags = ["train.py", *TINY, "--log_every", "4", "--accum", "2", "--noise_p", "0.5",
+             "--noise_std", "0.2"]
     for argv in (["--steps", 8, "--out", tmp_path / "whole"],
                  ["--steps", 4, "--out", tmp_path / "parts"],
                  ["--steps", 8, "--out", tmp_path / "parts", "--resume"]):
@@ -72,13 +73,7 @@ def test_resume_on_two_processes_is_exact_and_ranks_differ(tmp_path):
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_two_processes_average_the_gradients_of_the_global_batch(tmp_path, in_process):
-    """With T = 1 and no dropout, flip or weight on the noise's draw, 1 and 2 ranks must agree
-    in what does not depend on the draw: the batch. Here: the data seen over one pass."""
-    for step in (0, 3):
-        whole = train.batch_index(step, 8, 100, seed=5)
-        halves = [whole[rank * 4:(rank + 1) * 4] for rank in (0, 1)]
-        assert np.array_equal(np.concatenate(halves), whole)
+def test_every_pass_takes_each_image_once():
     seen = np.concatenate([train.batch_index(step, 8, 100, 5) for step in range(25)])
     assert np.array_equal(np.sort(seen), np.repeat(np.arange(100), 2))
     assert not np.array_equal(seen[:100], seen[100:])
@@ -116,9 +111,12 @@ def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
     assert text.startswith(f"output {out}\n") and "9,000 with noise of std 0.2" in text
     assert "s/step" in text and "ETA" in text and "data" in text
     assert sorted(path.name for path in out.iterdir()) == [
-        "ckpt.pt", "ckpt_0000006.pt", "ckpt_0000008.pt", "config.json", "data.png", "log.jsonl",
-        "samples_000006.png", "samples_000009.png"]
+        "ckpt.pt", "ckpt_0000006.pt", "ckpt_0000008.pt", "ckpt_0000009.pt", "config.json",
+        "data.png", "log.jsonl", "samples_0000006.png", "samples_0000009.png"]
     assert torch.load(out / "ckpt_0000006.pt", weights_only=True)["step"] == 6
+    (out / "ckpt_mine.pt").write_bytes(b"")
+    in_process("train", "--resume", "--steps", 10, "--keep", 1, "--out", out)
+    assert sorted(path.name for path in out.glob("*.pt")) == ["ckpt.pt", "ckpt_mine.pt"]
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6, 9]
     for row in rows:
@@ -126,6 +124,21 @@ def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
         assert {"grad_norm", "residual", "omega", "img_s", "s_step", "data_wait"} <= row.keys()
     config = json.loads((out / "config.json").read_text())
     assert config["lam"] == 0.3 and config["reading"] == "sigma" and config["channels"] == 8
+
+
+def test_average_of_the_weights_is_no_part_of_the_graph(tmp_path, in_process, monkeypatch):
+    """An average under autograd would hold on to every step's graph until memory ends."""
+    lerp, seen = torch._foreach_lerp_, []
+
+    def watched(averages, weights, share):
+        lerp(averages, weights, share)
+        seen.append((share, any(p.requires_grad for p in averages)))
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", watched)
+    in_process("train", *TINY, "--steps", 4, "--ema", 0.2, "--out", tmp_path)
+    # the decay ramps up to --ema: 1/10, 2/11, then .2
+    assert [grad for _, grad in seen] == [False] * 4
+    assert [share for share, _ in seen] == pytest.approx([9 / 10, 9 / 11, 0.8, 0.8])
 
 
 def test_loss_falls(tmp_path, in_process):
@@ -139,9 +152,26 @@ def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, i
     flags = [*TINY, "--out", tmp_path, "--log_every", 3, "--grad_clip", 0, "--warmup", 0]
     in_process("train", *flags, "--steps", 3)
     good = (tmp_path / "ckpt.pt").read_bytes()
-    with pytest.raises(UserError, match=r"loss of step (5|6) is not finite.*of step 3"):
+    with pytest.raises(UserError, match=r"not finite at step (5|6);.*of step 3"):
         in_process("train", "--resume", "--out", tmp_path, "--lr", "1e20", "--steps", 9)
     assert (tmp_path / "ckpt.pt").read_bytes() == good
+
+
+def test_resume_bears_a_damaged_log_and_refuses_a_damaged_checkpoint(tmp_path, in_process):
+    in_process("train", *TINY, "--steps", 2, "--log_every", 1, "--out", tmp_path)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"step": 7}\n{"loss": 1}\n\xff[3]\n{"step": 3, "lo')
+    in_process("train", "--resume", "--steps", 3, "--out", tmp_path)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+    with pytest.raises(UserError, match="at step 3 of 3"):
+        in_process("train", "--resume", "--out", tmp_path)
+
+    whole = checkpoint(tmp_path)
+    for change in ({"optimizer": {}}, {"config": {}}, {"config": {"T": 1}}, {"model": {}},
+                   {"config": {**whole["config"], "channels": 16}}):
+        torch.save({**whole, **change}, tmp_path / "ckpt.pt")
+        with pytest.raises(UserError, match="ckpt.pt"):
+            in_process("train", "--resume", "--steps", 4, "--out", tmp_path)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -255,7 +285,8 @@ def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
     for source in (folder, tmp_path / "pictures.zip"):
         cache = tmp_path / f"cache-{source.name}"
         x = train.load_images("folder", 8, 3, source, cache)
-        assert x.shape == (3, 3, 8, 8) and x.dtype == np.uint8 and "decoding" in capsys.readouterr().out
+        assert x.shape == (3, 3, 8, 8) and x.dtype == np.uint8
+        assert "decoding" in capsys.readouterr().out
         assert sorted(x[:, 0, 0, 0].tolist()) == [0, 10, 20]
         again = train.load_images("folder", 8, 3, source, cache)
         assert np.array_equal(x, again) and "decoding" not in capsys.readouterr().out
@@ -267,7 +298,10 @@ def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
     (folder / "6.png").write_bytes(picture((60, 0, 0)))
     assert len(train.load_images("folder", 8, 3, folder, tmp_path / "cache-pictures")) == 4
     train.load_images("folder", 8, 3, folder)
-    assert list(folder.glob("folder-train-8x3-*.npy"))
+    (beside,) = folder.glob("folder-train-8x3-*.npy")
+    beside.write_bytes(beside.read_bytes()[:50])
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        train.load_images("folder", 8, 3, folder)
 
 
 def test_fit_crops_resizes_and_converts():
@@ -277,8 +311,10 @@ def test_fit_crops_resizes_and_converts():
     # area average: a checkerboard of single pixels becomes its mean, no aliasing
     board = Image.fromarray((np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8))
     assert abs(train.fit(board, 8, 1).astype(int) - 127).max() <= 1
-    for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
         assert train.fit(Image.new(mode, (9, 9)), 4, 3).shape == (3, 4, 4)
+    deep = Image.fromarray(np.array([[0, 257 * 40], [257 * 200, 65535]], np.uint16))
+    assert train.fit(deep, 2, 1).flatten().tolist() == [0, 40, 200, 255]
     same = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     assert np.array_equal(train.fit(same, 8, 3).transpose(1, 2, 0), np.asarray(same))
     face = Image.new("RGB", (178, 218), "black")
@@ -320,6 +356,9 @@ def test_fashion_mnist_files(tmp_path):
     assert np.array_equal(x[:, 0], data)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: not a readable"):
+        train.load_images("fashion_mnist", 28, 1, tmp_path, tmp_path)
+    path.write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="not a readable fashion_mnist file"):
         train.load_images("fashion_mnist", 28, 1, tmp_path, tmp_path)
     with pytest.raises(UserError, match="no test images of fashion_mnist"):
         train.load_images("fashion_mnist", 28, 1, tmp_path, tmp_path, "test")
@@ -369,6 +408,9 @@ def places(tmp_path_factory):
     (root / "false.zip").write_text("no zip")
     with zipfile.ZipFile(root / "none.zip", "w") as archive:
         archive.writestr("readme.txt", "no pictures")
+        archive.writestr("folder.png/", "")
+    (root / "garbled_lmdb" / "bedroom_train_lmdb").mkdir(parents=True)
+    (root / "garbled_lmdb" / "bedroom_train_lmdb" / "data.mdb").write_bytes(b"no lmdb")
     (root / "run").mkdir()
     (root / "run" / "ckpt.pt").write_bytes(b"PK no checkpoint")
     return root
@@ -383,7 +425,12 @@ def places(tmp_path_factory):
     (["--dataset", "folder", "--data_dir", "DIR/corrupt"], "2.jpg: not a readable image"),
     (["--dataset", "folder", "--data_dir", "DIR/false.zip"], "false.zip: not a readable"),
     (["--dataset", "folder", "--data_dir", "DIR/none.zip"], "no train images"),
-    (["--dataset", "folder", "--data_dir", "DIR/fine", "--cache_dir", "DIR/false.zip"], "cache_dir"),
+    (["--dataset", "folder", "--data_dir", "DIR/fine", "--cache_dir", "DIR/false.zip"],
+     "another --cache_dir"),
+    (["--dataset", "lsun_bedroom", "--data_dir", "DIR/garbled_lmdb"], "lmdb"),
+    (["--data_dir", "DIR/fine"], "which --dataset"),
+    (["--mult", "0"], "at least one level"),
+    (["--resume", "--overwrite"], "not allowed with"),
     (["--image_size", "18", "--mult", "1,2,2"], "not a multiple of 4"),
     (["--attention", "5"], "resolutions are"),
     (["--mult", "1,x"], "'1,x' is not whole numbers"),
@@ -402,10 +449,12 @@ def places(tmp_path_factory):
     (["--out", "DIR/false.zip/run"], "--out"),
     (["--sterps", "3"], "unrecognized arguments: --sterps"),
 ])
-def test_a_mistake_ends_in_one_line_and_status_2(argv, words, places, tmp_path, capsys, monkeypatch):
+def test_a_mistake_ends_in_one_line_and_status_2(argv, words, places, tmp_path, capsys,
+                                                 monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(path for path in places.rglob("*"))
     argv = [part.replace("DIR", str(places)) for part in argv]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
         run_cli(lambda: train.main([*TINY, "--steps", "1", *argv]))
     message = capsys.readouterr().err
