@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-# ---------------------------------------------------------------------------------------------
-# Forward process
+# ---------- Forward process
 
 
 class Diffusion:
@@ -62,8 +61,7 @@ class Diffusion:
         return (x_t - sqrt_a * x0) / s
 
 
-# ---------------------------------------------------------------------------------------------
-# The perturbation: how far, and with what weight
+# ---------- The perturbation: how far, and with what weight
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ def radius_and_weight(s, cfg):
     return radius(s, beta, cfg.lam, cfg.rho)
 
 
-# ---------------------------------------------------------------------------------------------
-# The perturbation: which direction
+# ---------- The perturbation: which direction
 
 
 def mean_square(x):
@@ -191,8 +188,7 @@ def ascend(omega, net, x_t, s, t, r, clean, cfg, again=lambda: None):
     return omega
 
 
-# ---------------------------------------------------------------------------------------------
-# Objectives: (net, diffusion, x0, t, eps, cfg) -> (loss, dict of detached scalars)
+# ---------- Objectives: (net, diffusion, x0, t, eps, cfg) -> (loss, dict of detached scalars)
 
 
 def dsm(net, diffusion, x0, t, eps, cfg=None):

@@ -25,8 +25,7 @@ def run_cli(main):
         sys.exit(130)
 
 
-# ---------------------------------------------------------------------------------------------
-# Network
+# ---------- Network
 
 
 def timestep_embedding(t, dim):
@@ -207,8 +206,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoint
+# ---------- Checkpoint
 
 UNET_KEYS = ("image_size", "in_channels", "channels", "mult", "blocks", "attention", "dropout")
 

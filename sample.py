@@ -25,8 +25,7 @@ from torchvision.utils import make_grid
 from losses import Diffusion
 from model import UserError, load_model, run_cli
 
-# ---------------------------------------------------------------------------------------------
-# Samplers
+# ---------- Samplers
 
 
 def timesteps(T, steps):
@@ -113,8 +112,7 @@ def image_noise(seed, indices, shape, device):
     return draw
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
+# ---------- Pictures
 
 
 def to_uint8(x):
@@ -131,8 +129,7 @@ def save_grid(images, path, columns=8):
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Processes, shared by every script
+# ---------- Processes, shared by every script
 
 
 def setup(device="auto"):
@@ -155,7 +152,6 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return rank, local, world, device
 
@@ -173,8 +169,7 @@ def duration(seconds):
     return str(timedelta(seconds=int(seconds)))
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
+# ---------- Command line
 
 
 def number(kind, low, high=None, open_high=False):

@@ -39,8 +39,7 @@ from model import UNET_KEYS, UNet, UserError, read_checkpoint, run_cli
 from sample import (CHOICE, CORRUPT, INIT, ORDER, SHAPES, STEP, Parser, duration, image_noise, mix,
                     number, sample, save_grid, setup, start_group, to_uint8, write_atomically)
 
-# ---------------------------------------------------------------------------------------------
-# Settings: a default, a preset of the data set, a resumed run's config, a flag; the later wins
+# ---------- Settings: a default, a preset of the data set, a resumed run's config, a flag; the later wins
 
 share, size = number(float, 0, 1), number(float, 0)
 below_one, count, natural = number(float, 0, 1, open_high=True), number(int, 1), number(int, 0)
@@ -117,10 +116,11 @@ FLAGS = {
     },
 }
 PRESETS = {
-    "shapes": dict(
-        image_size=16, channels=32, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0,
-        batch_size=64, steps=1000, lr=1e-3, warmup=100, ema=0.995,
-        log_every=20, sample_every=250, save_every=250),
+    "shapes": dict(  # minutes on two CPU cores, and the paper's point: noisy data, clean samples
+        noise_p=0.9, noise_std=0.2,
+        image_size=16, channels=16, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0,
+        batch_size=32, steps=3000, lr=2e-3, warmup=100, ema=0.998,
+        log_every=50, sample_every=500, save_every=500),
     "fashion_mnist": dict(
         image_size=28, in_channels=1, channels=64, mult=(1, 2, 2), attention=(14,), flip=False,
         steps=50_000, warmup=1000, ema=0.999, sample_every=2500, save_every=1000),
@@ -134,8 +134,7 @@ PRESETS = {
 # What a checkpoint fixes: its weights, or the meaning of t
 FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
 
-# ---------------------------------------------------------------------------------------------
-# Data: every set becomes one uint8 array (N, C, H, W)
+# ---------- Data: every set becomes one uint8 array (N, C, H, W)
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -159,8 +158,7 @@ def shapes(n, size, channels, seed):
     colour = np.clip(abs(hue % 6 - 3) - 1, 0, 1)
     if channels == 1:
         colour = 0.5 + 0.5 * colour[:, :1]
-    grey = uniform(0.05, 0.3)[:, None]
-    return np.round(255 * (grey + (colour - grey) * cover)).astype(np.uint8)
+    return np.round(255 * (0.15 + (colour - 0.15) * cover)).astype(np.uint8)
 
 
 def is_image(name):
@@ -170,11 +168,11 @@ def is_image(name):
     return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not str(name).endswith("/")
 
 
-def open_images(files, split):
+def open_images(files):
     return files, Image.open
 
 
-def open_zip(files, split):
+def open_zip(files):
     archive = zipfile.ZipFile(files[0])
     names = sorted(name for name in archive.namelist() if is_image(name))
     return names, lambda name: Image.open(io.BytesIO(archive.read(name)))
@@ -190,19 +188,19 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
 
 
-def open_cifar(files, split):
+def open_cifar(files):
     batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
     images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
     return images.transpose(0, 2, 3, 1), Image.fromarray
 
 
-def open_idx(files, split):
+def open_idx(files):
     with gzip.open(files[0]) as file:
         shape = np.frombuffer(file.read(16), ">i4")[1:]
         return np.frombuffer(file.read(), np.uint8).reshape(shape), Image.fromarray
 
 
-def open_lsun(files, split):
+def open_lsun(files):
     # directly: torchvision's LSUN pickles its list of keys into the current folder
     try:
         import lmdb
@@ -212,28 +210,27 @@ def open_lsun(files, split):
     return list(base.cursor().iternext(values=False)), lambda k: Image.open(io.BytesIO(base.get(k)))
 
 
-# The formats that data sets are published in: (folders to look in, files of each split, reader)
+# The formats that data sets are published in: a reader, and the files of each split
 PUBLISHED = {
-    "cifar10": (["", "cifar-10-batches-py"], open_cifar, {
-        "train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}),
-    "fashion_mnist": (["", "FashionMNIST/raw"], open_idx, {
-        "train": ["train-images-idx3-ubyte.gz"], "test": ["t10k-images-idx3-ubyte.gz"]}),
-    "lsun_bedroom": (["", ".."], open_lsun, {
-        "train": ["bedroom_train_lmdb/data.mdb"], "test": ["bedroom_val_lmdb/data.mdb"]}),
+    "cifar10": (open_cifar, {"train": "data_batch_[1-5]", "test": "test_batch"}),
+    "fashion_mnist": (open_idx, {"train": "train-images-idx3-ubyte.gz",
+                                 "test": "t10k-images-idx3-ubyte.gz"}),
+    "lsun_bedroom": (open_lsun, {"train": "bedroom_train_lmdb/data.mdb",
+                                 "test": "bedroom_val_lmdb/data.mdb"}),
 }
 
 
 def find_source(dataset, root, split):
     """(files, reader) of a data set in `root`, a folder or zip; files is empty if it is not there.
 
-    reader(files, split) returns (items, read), and read(item) a PIL image.
+    reader(files) returns (items, read), and read(item) a PIL image.
     """
     if root.is_file():
         return [root], open_zip
-    folders, reader, names = PUBLISHED.get(dataset, ([], None, {}))
-    for folder in folders:
-        files = [root / folder / name for name in names[split]]
-        if all(file.is_file() for file in files):
+    if dataset in PUBLISHED:
+        reader, names = PUBLISHED[dataset]
+        files = sorted(root.rglob(names[split]))
+        if files:
             return files, reader
     found = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
              for name in names]
@@ -283,7 +280,7 @@ def decode_all(path, dataset, files, reader, size, channels, split):
     Raises UserError naming the file or image at fault.
     """
     try:
-        items, read = reader(files, split)
+        items, read = reader(files)
     except UserError:
         raise
     except Exception as error:  # a damaged file may raise anything
@@ -402,8 +399,7 @@ def batch_index(step, batch_size, n, seed):
                            for e in np.unique(epochs)])
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line and run folder
+# ---------- Command line and run folder
 
 
 def parse_args(argv=None):
@@ -486,8 +482,7 @@ def save_checkpoint(out, state, keep):
         old.unlink()
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
+# ---------- Training
 
 
 class Objective(nn.Module):
