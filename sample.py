@@ -252,7 +252,7 @@ def claim_folder(out, provenance, overwrite):
     text = json.dumps(provenance, indent=2) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in images if changed else []:
+        for path in [*out.glob(".*.tmp"), *(images if changed else [])]:
             path.unlink()
         (out / "samples.npz").unlink(missing_ok=True)
         write_atomically(note, lambda temporary: temporary.write_text(text))

@@ -39,7 +39,7 @@ from model import UNET_KEYS, UNet, UserError, read_checkpoint, run_cli
 from sample import (CHOICE, CORRUPT, INIT, ORDER, SHAPES, STEP, Parser, duration, image_noise, mix,
                     number, sample, save_grid, setup, start_group, to_uint8, write_atomically)
 
-# ---------- Settings: a default, a preset of the data set, a resumed run's config, a flag; the later wins
+# ---------- Settings: default < preset of the data set < a resumed run's config < flag
 
 share, size = number(float, 0, 1), number(float, 0)
 below_one, count, natural = number(float, 0, 1, open_high=True), number(int, 1), number(int, 0)
@@ -125,7 +125,7 @@ PRESETS = {
         image_size=28, in_channels=1, channels=64, mult=(1, 2, 2), attention=(14,), flip=False,
         steps=50_000, warmup=1000, ema=0.999, sample_every=2500, save_every=1000),
     "cifar10": dict(image_size=32, mult=(1, 2, 2, 2), steps=800_000),
-    "celeba": dict(),
+    "celeba": dict(),  # the defaults are CelebA's
     "lsun_bedroom": dict(dropout=0.0),
     "lsun_bedroom-256": dict(
         image_size=256, mult=(1, 1, 2, 2, 4, 4), dropout=0.0, batch_size=64, lr=2e-5),
@@ -581,7 +581,7 @@ def main(argv=None):
     try:
         if lead:
             out.mkdir(parents=True, exist_ok=True)
-            for path in run_files(out) if overwrite else []:
+            for path in [*out.glob(".*.tmp"), *(run_files(out) if overwrite else [])]:
                 path.unlink()
             if resume and log.exists():
                 trim_log(log, start)

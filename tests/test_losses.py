@@ -5,11 +5,14 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from losses import MODES, Diffusion, Perturbation
 from model import UNet
+from train import Objective
 
 
 class Scalar(nn.Module):
@@ -233,12 +236,24 @@ def leaves(node, seen):
     return own + [leaf for child, _ in node.next_functions for leaf in leaves(child, seen)]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_inner_step_computes_no_weight_gradient(monkeypatch, compiled):
+@pytest.fixture
+def lone_group():
+    """A process group of one, for DistributedDataParallel."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["plain", "compiled", "DDP"])
+def test_inner_step_computes_no_weight_gradient(monkeypatch, how, lone_group):
     net, d = mlp(), Diffusion()
-    if compiled:
+    cfg = Perturbation(ascent_steps=2)
+    objective = Objective(net, d, "adv", cfg)
+    if how == "compiled":
         # the same tracing as the default backend, without a C++ compiler
         net.compile(backend="aot_eager")
+    if how == "DDP":
+        objective = DistributedDataParallel(objective)
     seen = []
     grad = torch.autograd.grad
 
@@ -250,9 +265,7 @@ def test_inner_step_computes_no_weight_gradient(monkeypatch, compiled):
         return grad(J, omega, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    x0 = torch.randn(16, 2)
-    cfg = Perturbation(ascent_steps=2)
-    loss, _ = losses.adv(net, d, x0, torch.randint(1000, (16,)), torch.randn(16, 2), cfg)
+    loss, _ = objective(torch.randn(16, 2))
     assert len(seen) == 2 and all(p.grad is None for p in net.parameters())
     assert len(leaves(loss.grad_fn, set())) == 4
     loss.backward()
