@@ -161,7 +161,9 @@ def test_resume_bears_a_damaged_log_and_refuses_a_damaged_checkpoint(tmp_path, i
     in_process("train", *TINY, "--steps", 2, "--log_every", 1, "--out", tmp_path)
     log = tmp_path / "log.jsonl"
     log.write_bytes(log.read_bytes() + b'{"step": 7}\n{"loss": 1}\n\xff[3]\n{"step": 3, "lo')
+    (tmp_path / ".ckpt.pt.1.tmp").write_bytes(b"what a killed run left")
     in_process("train", "--resume", "--steps", 3, "--out", tmp_path)
+    assert not list(tmp_path.glob(".*"))
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
     with pytest.raises(UserError, match="at step 3 of 3"):
         in_process("train", "--resume", "--out", tmp_path)
