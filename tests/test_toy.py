@@ -1,0 +1,280 @@
+"""The ground truth against autograd and Monte Carlo, the figures on known inputs, each command."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import toy
+from losses import Perturbation
+
+ROOT = Path(toy.__file__).parent
+NOISE_LEVELS = [(0.9999**0.5, 0.01), (0.8**0.5, 0.2**0.5), (0.01, 0.9999**0.5)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def command(*flags):
+    """Run toy.py as a user does; one process, so that no pool is started."""
+    return subprocess.run([sys.executable, "toy.py", *map(str, flags)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", toy.TRUTHS)
+@pytest.mark.parametrize("sqrt_a, s", NOISE_LEVELS)
+def test_score_is_the_gradient_of_the_log_density(name, sqrt_a, s):
+    truth = toy.TRUTHS[name](3)
+    x0 = truth.draw(200, generator())
+    # near the data, and far outside, where a naive Phi(a) - Phi(b) is 0 / 0
+    for x in (sqrt_a * x0 + s * torch.randn(x0.shape, generator=generator(1)), 2 + x0):
+        x = x.double().requires_grad_(True)
+        (grad,) = torch.autograd.grad(truth.log_density(x, sqrt_a, s).sum(), x)
+        assert torch.allclose(truth.score(x, sqrt_a, s).double(), grad, rtol=1e-4, atol=1e-4)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", toy.TRUTHS)
+def test_density_and_score_against_monte_carlo(name):
+    truth, sqrt_a, s = toy.TRUTHS[name](1), 0.8**0.5, 0.2**0.5
+    d = len(truth.frame)
+    x0 = truth.draw(200_000, generator()).double()
+    x = truth.draw(8, generator(1)).double() + 0.3
+    log_p = -(x[:, None] - sqrt_a * x0).square().sum(2) / (2 * s**2)
+    estimate = log_p.logsumexp(1) - math.log(len(x0)) - d / 2 * math.log(2 * math.pi * s**2)
+    assert torch.allclose(truth.log_density(x, sqrt_a, s), estimate, atol=0.03)
+    # E[x0 | x] under the posterior, then Tweedie
+    mean = log_p.softmax(1) @ x0
+    score = (sqrt_a * mean - x) / s**2
+    assert torch.allclose(truth.score(x, sqrt_a, s).double(), score, atol=0.03 / s)
+
+
+def test_the_plane_is_a_square_of_the_right_spread():
+    truth = toy.plane(5)
+    u = truth.draw(50_000, generator()) @ truth.frame
+    figures = toy.plane_figures(u, seed=0)
+    assert u[:, 2].abs().max() < 1e-5 and u[:, :2].abs().max() <= 1.00001
+    assert figures["in_plane_std_ratio"] == pytest.approx(1, abs=0.01)
+    assert figures["sliced_wasserstein"] < 0.02
+
+
+def test_plane_figures_of_a_known_offset_and_shrink():
+    u = 2 * torch.rand(20_000, 2, generator=generator()) - 1
+    x = torch.cat([0.5 * u, torch.full((20_000, 1), 0.3)], 1)
+    figures = toy.plane_figures(x, seed=0)
+    assert figures["off_plane_rms"] == pytest.approx(0.3, abs=1e-6)
+    assert figures["in_plane_std_ratio"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_sliced_wasserstein_of_a_shift():
+    x = torch.randn(1000, 3, generator=generator())
+    assert toy.sliced_wasserstein(x, x[torch.randperm(1000)]) == 0
+    # a shift by v moves each projection by p.v, and E (p.v)^2 = |v|^2 / d
+    shift = torch.tensor([3.0, 0.0, 0.0])
+    assert toy.sliced_wasserstein(x, x + shift, projections=4000) == pytest.approx(
+        3 / 3**0.5, rel=0.03)
+
+
+def test_mixture_figures_of_one_mode_and_of_the_truth():
+    centre = toy.MODE_MEANS[:1].float().repeat(100, 1)
+    figures = toy.mixture_figures(centre)
+    # all mass on the mode of weight .4: total variation .6; density there .4 / (2 pi .01)
+    assert figures["mass_error"] == pytest.approx(0.6, abs=1e-6)
+    assert figures["nll"] == pytest.approx(-math.log(0.4 / (2 * math.pi * 0.01)), abs=1e-4)
+    assert figures["spurious_mass"] == 0
+    assert toy.mixture_figures(torch.zeros(10, 2))["spurious_mass"] == 1
+
+    # separate modes: entropy = that of the weights + that of a Gaussian
+    w = toy.MODE_WEIGHTS
+    entropy = -(w * w.log()).sum() + 1 + math.log(2 * math.pi * 0.01)
+    figures = toy.mixture_figures(toy.mixture(0).draw(100_000, generator()))
+    assert figures["nll"] == pytest.approx(entropy.item(), abs=0.02)
+    assert figures["mass_error"] < 0.01 and figures["spurious_mass"] < 0.001
+
+
+def test_subspace_figures_of_a_known_leak():
+    basis, mean = torch.eye(10)[:, :2], torch.full((10,), 0.5)
+    clean = torch.zeros(40_000, 10)
+    clean[:, :2] = torch.randn(40_000, 2, generator=generator())
+    clean += mean
+    x = clean.clone()
+    x[:, 2] += 0.5 * torch.randn(40_000, generator=generator(1))
+    figures = toy.subspace_figures(x, mean, basis, clean)
+    assert figures["outside_share"] == pytest.approx(0.25 / 2.25, rel=0.03)
+    assert figures["variance_ratio"] == pytest.approx(1, abs=1e-5)
+    assert figures["max_angle"] < 1
+
+    turned = mean + (clean - mean)[:, [2, 1, 0, *range(3, 10)]]  # one axis of two turned out
+    figures = toy.subspace_figures(turned, mean, basis, clean)
+    assert figures["max_angle"] == pytest.approx(90, abs=0.1)
+    assert figures["mean_angle"] == pytest.approx(45, abs=0.1)
+
+
+def test_images_lie_in_their_subspace():
+    x, mean, basis = toy.image_subspace(None, 16)
+    assert torch.allclose(basis.T @ basis, torch.eye(16), atol=1e-4)
+    assert toy.subspace_figures(x, mean, basis, x)["outside_share"] < 1e-6
+
+
+def test_copied_share():
+    training = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    x = torch.tensor([[0.9, 0.0], [1.1, 0.0], [4.0, 0.1]])  # distances 0.9:3.1, 1.1:2.9, 0.1:4
+    assert toy.copied_share(x, training) == pytest.approx(2 / 3)
+
+
+def test_against_truth_of_the_exact_net_and_of_zero():
+    truth = toy.plane(0)
+    assert max(toy.against_truth(toy.Exact(truth), truth, 0)["score_error"]) == 0
+    zero = toy.Linear(torch.zeros(1000, 3, 3), list(range(1000)))
+    figures = toy.against_truth(zero, truth, 0)
+    assert figures["score_error"] == pytest.approx([1] * 4)
+    # D(x_t) = x_t / sqrt(a), so its distance to x0 is s / sqrt(a) |eps|, rms sqrt(3)
+    a = toy.DIFFUSION.alpha_bar[list(toy.LEVELS)]
+    expected = (3 * (1 - a) / a).sqrt().tolist()
+    assert figures["reconstruction_rms"] == pytest.approx(expected, rel=0.03)
+
+
+def test_exact_score_samples_the_truth():
+    net = toy.Exact(toy.mixture(0))
+    figures = toy.mixture_figures(toy.generate(net, (1000, 2), 250, 0))
+    assert figures["spurious_mass"] < 0.005 and figures["mass_error"] < 0.06
+
+
+def test_corruption_is_frozen_and_of_the_stated_size():
+    x0 = torch.zeros(20_000, 3)
+    noisy = toy.corrupt(x0, (0.9, 0.2, 0.0), 1, 2)
+    hit = (noisy != 0).any(1)
+    assert hit.double().mean() == pytest.approx(0.9, abs=1e-4)
+    assert noisy[hit].std().item() == pytest.approx(0.2, rel=0.02)
+    assert torch.equal(noisy, toy.corrupt(x0, (0.9, 0.2, 0.0), 1, 2))
+    outliers = toy.corrupt(x0, (0.0, 0.0, 0.1), 1, 2)
+    hit = (outliers != 0).any(1)
+    assert hit.double().mean() == pytest.approx(0.1, abs=1e-4)
+    assert outliers[hit].std().item() == pytest.approx(2 / 3**0.5, rel=0.03)
+
+
+def test_residual_moves_with_the_denoiser():
+    net, t = toy.Exact(toy.plane(0)), torch.full((50,), 60)
+    x = torch.randn(50, 3, generator=generator())
+    sqrt_a, s = toy.DIFFUSION.at(t, x)
+    D = toy.DIFFUSION.x0_from_eps(x, t, net(x, t))
+    assert torch.allclose(toy.Residual(net)(x, t), -sqrt_a / s * D, atol=1e-4)
+
+
+def test_linear_optimum_is_the_closed_form_for_random_omega():
+    """k* = s / (s^2 + a v / (1 + c)), c = E[lam_t r^2 / 3] = lam E[beta] / (sqrt(3) s)."""
+    levels, v, cfg = [60, 400], torch.tensor([0.5, 0.05]), Perturbation()
+    torch.manual_seed(0)
+    net, _, _ = toy.linear_optimum(None, v.diag(), levels, cfg, draws=2000)
+    for level, K in zip(levels, net.K):
+        a = toy.DIFFUSION.alpha_bar[level].item()
+        s = (1 - a) ** 0.5
+        c = 0.3 * (8 / 255 + 1) / 2 / (3**0.5 * s)
+        assert torch.allclose(K.diag(), s / (s**2 + a * v / (1 + c)), rtol=0.02)
+        assert K[0, 1].abs() < 0.02
+
+
+def test_ascent_finds_the_noise_and_the_residual_the_signal():
+    levels, V = [60], torch.tensor([0.37, 0.036]).diag()
+    share = {}
+    for name, rule in toy.RULES.items():
+        torch.manual_seed(0)
+        _, M, _ = toy.linear_optimum(rule, V, levels, Perturbation(), draws=500)
+        share[name] = (M[0, 1, 1] / M[0].trace()).item()
+    assert share["random"] == pytest.approx(0.5, abs=0.03)
+    assert share["l2 x3"] > 0.99 > share["l2 x1"] > 0.8
+    # blind along the axes: every corner of the box is as good
+    assert share["sign x10"] == pytest.approx(0.5, abs=0.01)
+    assert share["residual l2 x3"] < 0.2
+
+
+def test_attack_moves_by_its_budget_and_random_as_far(monkeypatch):
+    steps = {}
+
+    def no_denoising(net, shape, sample_steps, seed, perturb):
+        x = torch.zeros(shape)
+        for _ in range(4):
+            assert torch.equal(perturb(x, 60), x)
+        steps[len(steps)] = perturb(x, 60)
+        return steps[len(steps) - 1]
+
+    monkeypatch.setattr(toy, "generate", no_denoising)
+    run = toy.Run("plane", (0.0, 0.0, 0.0), "exact", 0.3, 0)
+    args = SimpleNamespace(samples=100, sample_steps=5, shown=None)
+    rows, _ = toy.attack(toy.Exact(toy.plane(0)), run, args)
+    s = toy.DIFFUSION.s[60].item()
+    assert steps[0].abs().max() == 0 and [row["attack"] for row in rows][0] == "none"
+    for i in (1, 2):
+        assert steps[i].abs().max().item() == pytest.approx(0.5 * s, rel=1e-3)
+    for i in (3, 4):
+        assert torch.allclose(steps[i].norm(dim=1), torch.tensor(0.5 * s * 3**0.5), rtol=1e-3)
+
+
+def test_table_means_and_spread():
+    rows = [{"experiment": "e", "corruption": "clean", "mode": "adv", "seed": seed,
+             "x": value, "list": [value, 1.0]} for seed, value in enumerate((1.0, 3.0))]
+    line = toy.table(rows).splitlines()[2]
+    assert "2.000 +- 1.414" in line and "2.00 / 1.00" in line and "seed" not in line
+
+
+def test_picture_has_every_cell_and_survives_divergence(tmp_path):
+    dots = np.random.default_rng(0).uniform(-0.1, 0.1, (500, 2))
+    dots[:3] = [[np.nan, 1e30], [-np.inf, 0.5], [-1e9, 1e9]]
+    cells = {(row, column): ([("dots", dots, toy.BLUE), toy.outline("mixture")], "caption")
+             for row in "ab" for column in "xyz"}
+    toy.draw(tmp_path / "p.png", "title", cells)
+    image = Image.open(tmp_path / "p.png").convert("RGB")
+    assert image.size == (toy.LEFT + 3 * (toy.PANEL + toy.GAP),
+                          toy.TOP + 2 * (toy.PANEL + toy.CAPTION + toy.GAP))
+    centre = image.getpixel((toy.LEFT + toy.PANEL // 2, toy.TOP + toy.PANEL // 2))
+    assert centre[2] > 150 > centre[0]
+
+
+EXPECTED = {"plane": {"plane", "plane_lambda"}, "mixture": {"mixture"}, "subspace": {"subspace"},
+            "memorize": {"memorize"}, "attack": {"attack"}, "why": {"why"}}
+
+
+@pytest.mark.parametrize("experiment", EXPECTED)
+def test_each_experiment_runs(experiment, tmp_path):
+    modes = "random,adv" if experiment == "plane" else "adv"
+    result = command(experiment, "--quick", "--steps", 3, "--workers", 1, "--modes", modes,
+                     "--seed", 1, "--out", tmp_path / "o")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"output {tmp_path / 'o'}")
+    rows = json.loads((tmp_path / "o" / "toy.json").read_text())
+    assert {row["experiment"] for row in rows} == EXPECTED[experiment]
+    assert {row["seed"] for row in rows} == {1}
+    for name in EXPECTED[experiment]:
+        assert Image.open(tmp_path / "o" / f"{name}.png").size[0] > 300
+        assert f"\n{name};" in result.stdout
+    if experiment == "plane":
+        assert {"exact", "random", "adv"} == {row["mode"] for row in rows}
+        assert {"off_plane_rms", "in_plane_std_ratio", "sliced_wasserstein"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["nowhere"], "nowhere"),
+    (["plane", "--modes", "adv,best"], "best"),
+    (["plane", "--noise_p", "0.9"], "noise_std"),
+    (["plane", "--noise_p", "1.5", "--noise_std", "0.2"], "1.5"),
+    (["subspace", "--images", "no/such/folder"], "no/such/folder"),
+    (["plane", "--out", "toy.py"], "toy.py"),
+])
+def test_mistakes_end_in_one_line(flags, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        toy.run_cli(lambda: toy.main(flags))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and word in error
+
+
+def test_a_mistake_on_the_command_line():
+    result = command("--steps", "0")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--steps" in result.stderr
