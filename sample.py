@@ -198,6 +198,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv=None):
+    """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="run folder of train.py, or a checkpoint file")
     p.add_argument("--num", type=number(int, 1), default=64, help="how many images (64)")
@@ -212,8 +213,7 @@ def parse_args(argv=None):
                    help="images at a time, per process; does not change them (64)")
     p.add_argument("--raw", action="store_true", help="raw weights instead of the EMA")
     p.add_argument("--out", type=Path, help="output folder (RUN/samples)")
-    p.add_argument("--overwrite", action="store_true",
-                   help="replace the images of other settings or other weights in --out")
+    p.add_argument("--overwrite", action="store_true", help="replace images of other settings")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (auto)")
     return p.parse_args(argv)
 

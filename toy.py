@@ -839,6 +839,7 @@ def modes(text):
 
 
 def parse_args(argv=None):
+    """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiment", nargs="?", default="all",
                    choices=["plane", "mixture", "subspace", "memorize", "attack", "why", "all"])

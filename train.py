@@ -168,11 +168,16 @@ def is_image(name):
     return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not str(name).endswith("/")
 
 
+# Readers: open_x(files) -> (items, read), read(item) a PIL image
+
+
 def open_images(files):
+    """Image files, the files themselves."""
     return files, Image.open
 
 
 def open_zip(files):
+    """A zip of images at any depth."""
     archive = zipfile.ZipFile(files[0])
     names = sorted(name for name in archive.namelist() if is_image(name))
     return names, lambda name: Image.open(io.BytesIO(archive.read(name)))
@@ -189,19 +194,21 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def open_cifar(files):
+    """CIFAR-10's python batches."""
     batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
     images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
     return images.transpose(0, 2, 3, 1), Image.fromarray
 
 
 def open_idx(files):
+    """(Fashion-)MNIST's gzipped idx file."""
     with gzip.open(files[0]) as file:
         shape = np.frombuffer(file.read(16), ">i4")[1:]
         return np.frombuffer(file.read(), np.uint8).reshape(shape), Image.fromarray
 
 
 def open_lsun(files):
-    # directly: torchvision's LSUN pickles its list of keys into the current folder
+    """LSUN's lmdb, directly: torchvision pickles a list of keys into the current folder."""
     try:
         import lmdb
     except ImportError as error:
@@ -222,8 +229,6 @@ PUBLISHED = {
 
 def find_source(dataset, root, split):
     """(files, reader) of a data set in `root`, a folder or zip; files is empty if it is not there.
-
-    reader(files) returns (items, read), and read(item) a PIL image.
     """
     if root.is_file():
         return [root], open_zip
