@@ -848,9 +848,10 @@ def parse_args(argv=None):
     p.add_argument("--noise_p", type=number(float, 0, 1), help="share of noisy training points")
     p.add_argument("--noise_std", type=number(float, 0), help="standard deviation of their noise")
     p.add_argument("--outlier_p", type=number(float, 0, 1), help="share of outliers")
-    p.add_argument("--reading", choices=list(READINGS), default="sigma",
-                   help="how the radius follows the noise schedule (sigma)")
-    p.add_argument("--lam", type=number(float, 0), default=0.3, help="weight lambda (0.3)")
+    p.add_argument("--reading", choices=list(READINGS), default=Perturbation.reading,
+                   help=f"how the radius follows the noise schedule ({Perturbation.reading})")
+    p.add_argument("--lam", type=number(float, 0), default=Perturbation.lam,
+                   help=f"weight lambda ({Perturbation.lam})")
     p.add_argument("--images", help="subspace: folder of your own images (the embedded shapes)")
     p.add_argument("--rank", type=number(int, 1, 256), default=16, help="subspace: dimension (16)")
     p.add_argument("--steps", type=number(int, 1), help="training steps (1000; 300 if --quick)")
@@ -883,13 +884,13 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
     print(f"output {args.out}", flush=True)
+    runs = plan(args)
+    if any(run.data == "subspace" for run in runs):
+        image_subspace(args.images, args.rank)  # a bad folder is told before the work
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from error
-    runs = plan(args)
-    if any(run.data == "subspace" for run in runs):
-        image_subspace(args.images, args.rank)  # a bad folder is told before the work
     begun = time.perf_counter()
     done = {}
 

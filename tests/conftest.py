@@ -38,14 +38,27 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def in_process():
     """Run a script's main() here; the signal handlers that it sets are put back."""
     import sample
     import train
 
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    yield lambda module, *argv: {"train": train, "sample": sample}[module].main(
-        [str(part) for part in argv] + ["--device", "cpu"])
-    for name, handler in before.items():
-        signal.signal(name, handler)
+    def run_main(module, *argv):
+        before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return {"train": train, "sample": sample}[module].main(
+                [str(part) for part in argv] + ["--device", "cpu"])
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, in_process):
+    """A run folder of three steps, to read and not to write."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    in_process("train", *TINY, "--steps", 3, "--mode", "dsm", "--out", out)
+    return out

@@ -72,20 +72,10 @@ def test_impossible_image():
         UNet(channels=8)(torch.zeros(1, 3, 36, 33), torch.zeros(1, dtype=torch.long))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run folder of two steps."""
-    import train
-    from conftest import TINY
-    out = tmp_path_factory.mktemp("model") / "run"
-    train.main([*TINY, "--steps", "2", "--mode", "dsm", "--out", str(out), "--device", "cpu"])
-    return out
-
-
 def test_load_model_needs_the_checkpoint_alone(run):
     net, config, step = load_model(run)
     raw, _, _ = load_model(run / "ckpt.pt", ema=False)
-    assert step == 2 and config["mode"] == "dsm" and not net.training
+    assert step == 3 and config["mode"] == "dsm" and not net.training
     assert not any(p.requires_grad for p in net.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), raw.parameters()))
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in raw.state_dict())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, script
+from conftest import script
 from losses import Diffusion
 from model import UserError
 from sample import denoise_step, image_noise, mix, sample, save_grid, timesteps, to_uint8
@@ -144,14 +144,6 @@ def test_pictures(tmp_path):
     picture = np.array(Image.open(tmp_path / "grid.png"))
     assert picture.shape == (3 * 50 + 2, 4 * 50 + 2, 3)
     assert (picture[2:8, 2:8] == grey[0, 0, 0, 0]).all()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    import train
-    out = tmp_path_factory.mktemp("sample") / "run"
-    train.main([*TINY, "--steps", "3", "--mode", "dsm", "--out", str(out), "--device", "cpu"])
-    return out
 
 
 def images(folder):
