@@ -57,10 +57,27 @@ def widths(text):
     return () if values == (0,) else values
 
 
+PRESETS = {
+    "shapes": dict(  # minutes on two CPU cores, and the paper's point: noisy data, clean samples
+        noise_p=0.9, noise_std=0.2,
+        image_size=16, channels=16, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0,
+        batch_size=32, steps=3000, lr=2e-3, warmup=100, ema=0.998,
+        log_every=50, sample_every=500, save_every=500),
+    "fashion_mnist": dict(
+        image_size=28, in_channels=1, channels=64, mult=(1, 2, 2), attention=(14,), flip=False,
+        steps=50_000, warmup=1000, ema=0.999, sample_every=2500, save_every=1000),
+    "cifar10": dict(image_size=32, mult=(1, 2, 2, 2), steps=800_000),
+    "celeba": dict(),  # the defaults are CelebA's
+    "lsun_bedroom": dict(dropout=0.0),
+    "lsun_bedroom-256": dict(
+        image_size=256, mult=(1, 1, 2, 2, 4, 4), dropout=0.0, batch_size=64, lr=2e-5),
+    "folder": dict(),
+}
+DATASETS = [name for name in PRESETS if "-" not in name]
 # name: (default, type, list of choices or ON_OFF, help)
 FLAGS = {
     "what to train": {
-        "dataset": ("shapes", None, "data set, and with it the preset"),
+        "dataset": ("shapes", DATASETS, "data set, and with it the preset"),
         "mode": ("adv", list(MODES), "objective"),
         "data_dir": (None, str, "folder or zip with the data; else ./data, filled by download"),
         "cache_dir": (None, str, "folder of the decoded images; else beside the data"),
@@ -117,22 +134,6 @@ FLAGS = {
         "save_every": (5000, natural, "a checkpoint (there is always one at the end)"),
         "keep": (1, count, "1: ckpt.pt alone; more: also the newest so many as ckpt_<step>.pt"),
     },
-}
-PRESETS = {
-    "shapes": dict(  # minutes on two CPU cores, and the paper's point: noisy data, clean samples
-        noise_p=0.9, noise_std=0.2,
-        image_size=16, channels=16, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0,
-        batch_size=32, steps=3000, lr=2e-3, warmup=100, ema=0.998,
-        log_every=50, sample_every=500, save_every=500),
-    "fashion_mnist": dict(
-        image_size=28, in_channels=1, channels=64, mult=(1, 2, 2), attention=(14,), flip=False,
-        steps=50_000, warmup=1000, ema=0.999, sample_every=2500, save_every=1000),
-    "cifar10": dict(image_size=32, mult=(1, 2, 2, 2), steps=800_000),
-    "celeba": dict(),  # the defaults are CelebA's
-    "lsun_bedroom": dict(dropout=0.0),
-    "lsun_bedroom-256": dict(
-        image_size=256, mult=(1, 1, 2, 2, 4, 4), dropout=0.0, batch_size=64, lr=2e-5),
-    "folder": dict(),
 }
 # What a checkpoint fixes: its weights, or the meaning of t
 FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
@@ -418,11 +419,11 @@ def parse_args(argv=None):
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, (default, kind, text) in flags.items():
-            if name == "dataset":
-                kind = [preset for preset in PRESETS if "-" not in preset]
-            key = "action" if kind is ON_OFF else "choices" if isinstance(kind, list) else "type"
-            more = {"type": int} if name == "in_channels" else {}
-            group.add_argument(f"--{name}", help=f"{text} ({default})", **{key: kind}, **more)
+            if isinstance(kind, list):
+                options = {"choices": kind, "type": type(kind[0])}
+            else:
+                options = {"action" if kind is ON_OFF else "type": kind}
+            group.add_argument(f"--{name}", help=f"{text} ({default})", **options)
     group = p.add_argument_group("run folder")
     group.add_argument("--out", help="where it is (out/<dataset>-<mode>)")
     group = group.add_mutually_exclusive_group()
