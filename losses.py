@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 # ---------- Forward process
 
@@ -186,6 +187,51 @@ def ascend(omega, net, x_t, s, t, r, clean, cfg, again=lambda: None):
             usable = (norm > 0) & norm.isfinite()
             omega = torch.where(usable, length * grad / norm, omega)
     return omega
+
+
+# ---------- Attacks on the sampling trajectory
+
+
+class Denoiser(nn.Module):
+    """net as (x_t, t) -> D(x_t) (B, ...): what `ascend` moves on it is the denoised estimate."""
+
+    def __init__(self, net, diffusion):
+        super().__init__()
+        self.net, self.diffusion = net, diffusion
+
+    def forward(self, x, t):
+        return self.diffusion.x0_from_eps(x, t, self.net(x, t))
+
+
+def trajectory_attack(view, diffusion, chosen, noise, norm="l2", budget=0.5, steps=5):
+    """The hook of `sample.sample` that pushes the state, x <- x + s_t omega, at the times `chosen`.
+
+    view: module (x (B, ...), t (B,)) -> what the attack should change most, such as `Denoiser`.
+    noise: function without arguments -> standard normals of x's shape, for the random start.
+    norm, budget: |omega| <= budget per element ("linf"), or <= budget sqrt(d) a sample ("l2").
+    steps: ascent steps; 0 for the control, a random push of just that norm.
+    """
+    cfg = Perturbation(ascent_norm=norm, ascent_steps=steps)
+
+    def perturb(x, t):
+        if t not in chosen:
+            return x
+        t = torch.full((len(x),), t, device=x.device)
+        _, s = diffusion.at(t, x)
+        r = torch.full_like(s, budget)
+        omega = noise()
+        if norm == "linf":
+            # a corner of the box, or U[-r, r] to ascend from: some corners are local maxima
+            omega = r * (torch.erf(omega / math.sqrt(2)) if steps else omega.sign())
+        else:
+            omega = r * omega / mean_square(omega).sqrt().view_as(r)
+        if steps:
+            with torch.no_grad():
+                clean = view(x, t)
+            omega = ascend(omega, view, x, s, t, r, clean, cfg)
+        return x + s * omega
+
+    return perturb
 
 
 # ---------- Objectives: (net, diffusion, x0, t, eps, cfg) -> (loss, dict of detached scalars)

@@ -26,6 +26,17 @@ class Scalar(nn.Module):
         return self.k * x
 
 
+class Untimed(nn.Module):
+    """A module of x alone as a network (x, t)."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, t):
+        return self.module(x)
+
+
 def mlp(width=32):
     """A small network on points in the plane that looks at t."""
 
@@ -322,3 +333,38 @@ def test_compiled_gradients_equal_eager():
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_trajectory_attack_spends_its_budget_at_the_chosen_times(norm, steps):
+    torch.manual_seed(0)
+    diffusion, x = Diffusion(), torch.randn(20, 2)
+    view = losses.Denoiser(mlp(), diffusion)
+    perturb = losses.trajectory_attack(view, diffusion, {60}, lambda: torch.randn(20, 2), norm, 0.5,
+                                       steps)
+    assert perturb(x, 61) is x
+    push = (perturb(x, 60) - x) / diffusion.s[60]
+    assert not push.requires_grad
+    if norm == "linf":
+        assert push.abs().max().item() == pytest.approx(0.5, rel=1e-4)
+    else:
+        assert push.square().mean(1).sqrt() == pytest.approx(torch.full((20,), 0.5), rel=1e-4)
+
+
+def test_trajectory_attack_moves_the_denoised_estimate_further_than_chance():
+    torch.manual_seed(0)
+    diffusion, x, net = Diffusion(), torch.randn(200, 2), nn.Linear(2, 2, bias=False)
+    # it takes (1, -1) for noise and (1, 1) for signal: corners of the box differ
+    net.weight.data = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
+    view = losses.Denoiser(Untimed(net), diffusion)
+    t = torch.full((200,), 60)
+
+    def moved(norm, steps):
+        perturb = losses.trajectory_attack(view, diffusion, {60}, lambda: torch.randn(200, 2), norm,
+                                           0.5, steps)
+        with torch.no_grad():
+            return (view(perturb(x, 60), t) - view(x, t)).square().mean()
+
+    for norm in ("linf", "l2"):
+        assert moved(norm, 5) > 1.2 * moved(norm, 0)
