@@ -90,7 +90,7 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
 
 
 # The first word of every seed, so that no two uses of randomness share a stream
-INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES = range(1, 8)
+INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY = range(1, 9)
 
 
 def mix(*numbers):

@@ -11,7 +11,7 @@ mixture   five unequal Gaussians in 2-D: mode shares, and mass where no mode is
 subspace  images projected on their first principal components, as flat vectors
 memorize  few training points: copies among the samples, and the error on held-out points
 attack    perturbed sampling trajectories, beside random perturbations of the same norm
-why       which directions the perturbation picks, and what that does to linear-Gaussian data
+why       which directions the perturbation picks, and what the penalty then removes
 
 Corruptions, frozen per training point: noise on 90 % of them (std .1, .2), 10 % outliers (uniform
 in [-2, 2] per coordinate; in [-1, 1] for images). The flags narrow them to one. The mode `exact`
@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from losses import (MODES, READINGS, Diffusion, Perturbation, ascend, radius_and_weight,
-                    random_omega)
+from losses import (MODES, READINGS, Denoiser, Diffusion, Perturbation, ascend, radius_and_weight,
+                    random_omega, trajectory_attack)
 from model import UserError, run_cli, timestep_embedding
-from sample import Parser, duration, number, sample, timesteps, write_atomically
+from sample import TOY, Parser, duration, mix, number, sample, timesteps, write_atomically
 from train import NOISY, OUTLIER, choose_corruption, load_images, shapes
 
 DIFFUSION = Diffusion()
@@ -48,6 +48,7 @@ DIFFUSION = Diffusion()
 LEVELS = (20, 60, 150, 400)
 # name: (objective in losses.MODES, the ascent's settings, title)
 VARIANTS = {
+    "exact": (None, {}, "exact score"),
     "dsm": ("dsm", {}, "dsm: plain DDPM"),
     "random": ("random", {}, "random equivariance"),
     "adv": ("adv", {}, "adversarial (paper)"),
@@ -55,60 +56,65 @@ VARIANTS = {
     "adv_l2x3": ("adv", {"ascent_norm": "l2", "ascent_steps": 3}, "adversarial, l2, 3 steps"),
     "invariant": ("invariant", {}, "invariance"),
 }
-TITLES = {"exact": "exact score", **{mode: variant[2] for mode, variant in VARIANTS.items()}}
 HELD_OUT = 500
+
+
+def seeded(use, *numbers):
+    """A random generator for one of the uses below, whole numbers both (such as the run's seed)."""
+    return torch.Generator().manual_seed(mix(TOY, use, *numbers))
+
+
+ORIENTATION, POINTS, SPOIL, SAMPLES, LEVEL, FRESH, PROJECT, PUSH = range(8)
+
 
 # ---------- Ground truth
 
 
 class Truth(NamedTuple):
-    """Clean data with a closed form; sqrt_a and s are the noise level's, floats or (B, 1).
+    """Clean data with a known density.
 
     frame: (d, d), orthonormal; x @ frame are coordinates in the truth's own axes.
     draw: (n, generator) -> x0 (n, d).
-    log_density: (x (B, d), sqrt_a, s) -> log p_t(x) of the diffused clean data, float64 (B,).
-    score: same arguments -> its gradient in x, float32 (B, d).
+    log_density: (x (B, d) float64, sqrt_a, s) -> log p_t(x) (B,) of the diffused clean data;
+        sqrt_a and s are the noise level's, tensors (B, 1).
     """
 
     frame: torch.Tensor
     draw: Callable
     log_density: Callable
-    score: Callable
+
+    def score(self, x, sqrt_a, s):
+        """Gradient of log p_t in x (B, d), exact: by autograd, in float64; float32 (B, d)."""
+        total = torch.func.grad(lambda x: self.log_density(x, sqrt_a.double(), s.double()).sum())
+        return total(x.double()).float()
 
 
 def plane(seed):
-    """Uniform square [-1, 1]^2 on a plane through 0 in 3-D, its orientation drawn from the seed.
+    """Uniform square [-1, 1]^2 on an oblique plane through 0 in 3-D, oriented by the seed.
 
     In its frame u, the third axis normal to the plane, p_t is a product:
         p(u_i) = [Phi((u_i + sqrt_a) / s) - Phi((u_i - sqrt_a) / s)] / (2 sqrt_a),  i = 1, 2
         p(u_3) = N(0, s^2)
     """
-    frame = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed))).Q
-    log_root_2pi = math.log(2 * math.pi) / 2
+    g = seeded(ORIENTATION, seed)
+    frame = torch.eye(3)
+    # Oblique: along an axis the paper's sign step is blind, which `why` shows by itself
+    while frame[:, 2].abs().max() > 0.9:
+        frame = torch.linalg.qr(torch.randn(3, 3, generator=g)).Q
 
     def draw(n, generator):
         return (2 * torch.rand(n, 2, generator=generator) - 1) @ frame[:, :2].T
 
-    def edges(x, sqrt_a, s):
-        # Both edges seen from -|u|: Phi is precise in its left tail, and 1 in the right one
-        u = x.double() @ frame.double()
-        far, near = (-u[:, :2].abs() - sqrt_a) / s, (-u[:, :2].abs() + sqrt_a) / s
-        log_far, log_near = torch.special.log_ndtr(far), torch.special.log_ndtr(near)
-        return u, far, near, log_near + torch.log1p(-(log_far - log_near).exp())
-
     def log_density(x, sqrt_a, s):
-        u, _, _, log_mass = edges(x, sqrt_a, s)
-        sqrt_a, s = (torch.as_tensor(v, dtype=torch.float64) for v in (sqrt_a, s))
-        normal = -(u[:, 2:] / s).square() / 2 - s.log() - log_root_2pi
-        return (log_mass - (2 * sqrt_a).log()).sum(1) + normal.squeeze(1)
+        u = x @ frame.double() / s
+        # Both edges seen from -|u|: Phi is precise in its left tail, and 1 in the right one
+        near, far = (torch.special.log_ndtr(-u[:, :2].abs() + edge / s)
+                     for edge in (sqrt_a, -sqrt_a))
+        inside = near + torch.log1p(-(far - near).exp()) - (2 * sqrt_a).log()
+        normal = -u[:, 2].square() / 2 - (s.squeeze(1) * math.sqrt(2 * math.pi)).log()
+        return inside.sum(1) + normal
 
-    def score(x, sqrt_a, s):
-        u, far, near, log_mass = edges(x, sqrt_a, s)
-        near, far = ((-z.square() / 2 - log_root_2pi - log_mass).exp() for z in (near, far))
-        inside = -u[:, :2].sign() * (near - far) / s
-        return (torch.cat([inside, -u[:, 2:] / s**2], 1) @ frame.T.double()).float()
-
-    return Truth(frame, draw, log_density, score)
+    return Truth(frame, draw, log_density)
 
 
 MODE_WEIGHTS = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05], dtype=torch.float64)
@@ -127,21 +133,13 @@ def mixture(seed):
         k = torch.multinomial(MODE_WEIGHTS, n, replacement=True, generator=generator)
         return MODE_MEANS[k].float() + MODE_STD * torch.randn(n, 2, generator=generator)
 
-    def terms(x, sqrt_a, s):
-        sqrt_a, s = (torch.as_tensor(v, dtype=torch.float64) for v in (sqrt_a, s))
-        variance = sqrt_a**2 * MODE_STD**2 + s**2
-        offset = x.double()[:, None] - sqrt_a[..., None] * MODE_MEANS
-        log_p = -offset.square().sum(2) / (2 * variance) - (2 * math.pi * variance).log()
-        return MODE_WEIGHTS.log() + log_p, offset, variance
-
     def log_density(x, sqrt_a, s):
-        return terms(x, sqrt_a, s)[0].logsumexp(1)
+        variance = (sqrt_a * MODE_STD).square() + s.square()
+        distance = (x[:, None] - sqrt_a[:, :, None] * MODE_MEANS).square().sum(2)
+        log_p = -distance / (2 * variance) - (2 * math.pi * variance).log()
+        return (MODE_WEIGHTS.log() + log_p).logsumexp(1)
 
-    def score(x, sqrt_a, s):
-        log_p, offset, variance = terms(x, sqrt_a, s)
-        return -((log_p.softmax(1)[:, :, None] * offset).sum(1) / variance).float()
-
-    return Truth(torch.eye(2), draw, log_density, score)
+    return Truth(torch.eye(2), draw, log_density)
 
 
 TRUTHS = {"plane": plane, "mixture": mixture}
@@ -170,7 +168,7 @@ def corrupt(x0, corruption, seed, reach):
     """
     noise_p, noise_std, outlier_p = corruption
     kinds = torch.from_numpy(choose_corruption(len(x0), noise_p, outlier_p, seed))[:, None]
-    g = torch.Generator().manual_seed(seed + 1)
+    g = seeded(SPOIL, seed)
     noise = noise_std * torch.randn(x0.shape, generator=g)
     outliers = reach * (2 * torch.rand(x0.shape, generator=g) - 1)
     return torch.where(kinds == OUTLIER, outliers, x0 + noise * (kinds == NOISY))
@@ -219,47 +217,53 @@ class Exact(nn.Module):
         return -s * self.truth.score(x, sqrt_a, s)
 
 
-class Residual(nn.Module):
-    """eps_theta(x, t) - x / s = -(sqrt(a) / s) D(x): what `losses.ascend` moves on it is D.
-
-    Moving x by s omega changes it by eps_theta(x + s omega) - eps_theta(x) - omega.
-    """
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, t):
-        return self.net(x, t) - x / DIFFUSION.at(t, x)[1]
-
-
 class Linear(nn.Module):
-    """eps_theta(x, t) = K_t x, K (levels, d, d) at the time steps `levels`."""
+    """eps_theta(x, t) = K x, K (d, d)."""
 
-    def __init__(self, K, levels):
+    def __init__(self, K):
         super().__init__()
         self.K = K
-        self.row = torch.zeros(DIFFUSION.T, dtype=torch.long)
-        self.row[levels] = torch.arange(len(levels))
 
     def forward(self, x, t):
-        return (self.K[self.row[t]] @ x[:, :, None]).squeeze(2)
+        return x @ self.K.T
 
 
-def train(run, x0, args, batch):
-    """An MLP on x0 (N, d) for args.steps steps of Adam, whose rate falls from .004 along a cosine.
+class Run(NamedTuple):
+    """One network to train: on n points of `data`, corrupted, with a mode and a weight."""
 
-    The falling rate stands for an EMA: the last steps hardly move the figures.
+    data: str
+    corruption: tuple
+    mode: str
+    lam: float
+    seed: int
+    n: int = 10_000
+
+
+def training_points(run, args):
+    """The run's training set (n, d), a function of the run alone."""
+    if run.data == "subspace":
+        clean = image_subspace(args.images, args.rank)[0][:-HELD_OUT]
+        return corrupt(clean, run.corruption, run.seed, reach=1)
+    x0 = TRUTHS[run.data](run.seed).draw(run.n, seeded(POINTS, run.seed))
+    return corrupt(x0, run.corruption, run.seed, reach=2)
+
+
+def train(run, x0, args):
+    """An MLP on x0 (N, d) by Adam, batch 256, at a rate that falls from .004 along a cosine.
+
+    The falling rate stands for an EMA: the last steps hardly move the figures. The plane, where
+    the modes are compared most closely, gets twice the steps.
     """
     objective, ascent, _ = VARIANTS[run.mode]
     cfg = Perturbation(reading=args.reading, lam=run.lam, **ascent)
+    steps = args.steps or (2000 if run.data == "plane" else 1000)
     torch.manual_seed(run.seed)
     net = MLP(x0.shape[1])
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    for step in range(args.steps):
-        optimizer.param_groups[0]["lr"] = 0.002 * (1 + math.cos(math.pi * step / args.steps))
-        index, t = torch.randint(len(x0), (batch,)), torch.randint(DIFFUSION.T, (batch,))
-        eps = torch.randn(batch, x0.shape[1])
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.002 * (1 + math.cos(math.pi * step / steps))
+        index, t = torch.randint(len(x0), (256,)), torch.randint(DIFFUSION.T, (256,))
+        eps = torch.randn(256, x0.shape[1])
         loss, _ = MODES[objective](net, DIFFUSION, x0[index], t, eps, cfg)
         optimizer.zero_grad()
         loss.backward()
@@ -270,7 +274,7 @@ def train(run, x0, args, batch):
 
 def generate(net, shape, steps, seed, perturb=None, sampler="ddpm"):
     """Samples of `shape` (n, d) in `steps` steps, unclipped: points have no natural range."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(SAMPLES, seed)
     x = sample(net, DIFFUSION, lambda: torch.randn(shape, generator=g), sampler, steps,
                clip=False, perturb=perturb)
     # Where sampling diverges, figures should be large, not undefined
@@ -280,8 +284,7 @@ def generate(net, shape, steps, seed, perturb=None, sampler="ddpm"):
 def denoised(net, x0, level, seed):
     """x0 (B, d) diffused to time step `level`: (x_t, t, predicted eps, denoised D(x_t))."""
     t = torch.full((len(x0),), level)
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed + level))
-    x_t = DIFFUSION.diffuse(x0, t, eps)
+    x_t = DIFFUSION.diffuse(x0, t, torch.randn(x0.shape, generator=seeded(LEVEL, seed, level)))
     with torch.no_grad():
         predicted = net(x_t, t)
     return x_t, t, predicted, DIFFUSION.x0_from_eps(x_t, t, predicted)
@@ -300,8 +303,7 @@ def sliced_wasserstein(x, y, projections=128):
 
         sqrt(mean over unit vectors p of the mean of (sorted x.p - sorted y.p)^2)
     """
-    p = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(0))
-    p = F.normalize(p, dim=0)
+    p = F.normalize(torch.randn(x.shape[1], projections, generator=seeded(PROJECT)), dim=0)
     return ((x @ p).sort(0).values - (y @ p).sort(0).values).square().mean().sqrt().item()
 
 
@@ -311,7 +313,7 @@ def against_truth(net, truth, seed, n=2000):
     score_error: |eps_theta - eps*| / |eps*| in the mean square, eps* = -s times the exact score.
     reconstruction_rms: rms distance of D(x_t) to x0.
     """
-    x0 = truth.draw(n, torch.Generator().manual_seed(seed + 2))
+    x0 = truth.draw(n, seeded(FRESH, seed))
     figures = {"score_error": [], "reconstruction_rms": []}
     for level in LEVELS:
         x_t, t, predicted, D = denoised(net, x0, level, seed)
@@ -323,7 +325,7 @@ def against_truth(net, truth, seed, n=2000):
 
 def plane_figures(u, seed):
     """Figures of points in the plane's frame, u (n, 3): distance to it, spread in it, mismatch."""
-    clean = 2 * torch.rand(len(u), 2, generator=torch.Generator().manual_seed(seed + 3)) - 1
+    clean = 2 * torch.rand(len(u), 2, generator=seeded(FRESH, seed)) - 1
     return {
         "off_plane_rms": rms(u[:, 2:]),
         # a uniform coordinate on [-1, 1] has std 1 / sqrt(3)
@@ -341,17 +343,18 @@ def mixture_figures(x):
     """
     distance = torch.cdist(x.double(), MODE_MEANS)
     shares = distance.argmin(1).bincount(minlength=5) / len(x)
+    clean = torch.ones(1, 1), torch.zeros(1, 1)
     return {
         "mass_error": (shares - MODE_WEIGHTS).abs().sum().item() / 2,
         "spurious_mass": (distance.amin(1) > 4 * MODE_STD).double().mean().item(),
-        "nll": -mixture(0).log_density(x, 1.0, 0.0).mean().item(),
+        "nll": -mixture(0).log_density(x.double(), *clean).mean().item(),
     }
 
 
 def subspace_figures(x, mean, basis, clean):
     """Figures of samples x (n, D) against the subspace through `mean` spanned by `basis` (D, K).
 
-    outside_share: the part of the energy |x - mean|^2 that lies outside it.
+    outside_share: energy of x - mean outside the subspace, over all of it.
     mean_angle, max_angle: principal angles, degrees, to the span of x's own K first components.
     variance_ratio: variance of x inside the subspace over that of the data `clean` (N, D).
     """
@@ -380,29 +383,30 @@ def copied_share(x, points):
 BLUE, RED, GREY, BLACK = (40, 90, 200), (205, 45, 35), (180, 180, 180), (40, 40, 40)
 
 
+def caption(row, *names):
+    """A line for each of the row's figures `names`; of a list, the second: s = .2."""
+    values = [(name, row[name][1] if isinstance(row[name], list) else row[name]) for name in names]
+    return "\n".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values)
+
+
 def on_paper(truth, x):
-    """Points (..., d) in drawing units: the plane seen edge-on, the mixture as it is."""
-    axes = [0, len(truth.frame) - 1]
-    return ((x @ truth.frame)[..., axes] / 1.5).numpy()
+    """Points (..., d) as drawn: the plane seen edge-on, the mixture as it is."""
+    return ((x @ truth.frame)[..., [0, -1]] / 1.5).numpy()
 
 
-def outline(data):
-    """The truth as a layer: the plane edge-on, or the modes' circles at 2 std."""
-    if data == "plane":
-        return "lines", [np.array([[-1, 0], [1, 0]]) / 1.5], RED
+def scene(data, truth, x):
+    """Points x (n, d) over the truth: the plane edge-on, or the modes' circles at 2 std."""
     angle = np.linspace(0, 2 * np.pi, 40)
     circle = 2 * MODE_STD * np.stack([np.cos(angle), np.sin(angle)], 1)
-    return "lines", [(mean + circle) / 1.5 for mean in MODE_MEANS.numpy()], RED
+    lines = MODE_MEANS.numpy()[:, None] + circle if data == "mixture" else [[[-1, 0], [1, 0]]]
+    return [("dots", on_paper(truth, x[:1500]), BLUE), ("lines", np.array(lines) / 1.5, RED)]
 
 
-def score_field(net, truth, data):
+def score_field(net, truth):
     """Lines from points x at s = .2 to their denoised D(x) = (x + s^2 score) / sqrt(a)."""
-    line = torch.linspace(-1.3, 1.3, 13 if data == "plane" else 9)
-    heights = torch.tensor([-0.5, 0.5]) if data == "plane" else line
-    u = F.pad(torch.cartesian_prod(line, heights), (0, len(truth.frame) - 2))
-    if data == "plane":
-        u = u[:, [0, 2, 1]]
-    x, t = u @ truth.frame.T, torch.full((len(u),), LEVELS[1])
+    line = torch.linspace(-1.3, 1.3, 9)
+    u = torch.cartesian_prod(line, line if len(truth.frame) == 2 else line[[3, 5]])
+    x, t = u @ truth.frame[:, [0, -1]].T, torch.full((len(u),), LEVELS[1])
     with torch.no_grad():
         D = DIFFUSION.x0_from_eps(x, t, net(x, t))
     return on_paper(truth, torch.stack([x, D], 1))
@@ -412,30 +416,23 @@ def points(net, run, args):
     """`plane` and `mixture`: samples, sampling paths and score field against the exact ones."""
     truth = TRUTHS[run.data](run.seed)
     x = generate(net, (args.samples, len(truth.frame)), args.sample_steps, run.seed)
-    if run.data == "plane":
-        row = plane_figures(x @ truth.frame, run.seed)
-        caption = ("off-plane {off_plane_rms:.3f}, std {in_plane_std_ratio:.2f}\n"
-                   "Wasserstein {sliced_wasserstein:.3f}").format(**row)
-    else:
-        row = mixture_figures(x)
-        caption = ("mode shares off {mass_error:.3f}\n"
-                   "spurious {spurious_mass:.3f}, NLL {nll:.2f}").format(**row)
+    row = mixture_figures(x) if run.data == "mixture" else plane_figures(x @ truth.frame, run.seed)
+    text = caption(row, *list(row)[:2])
     row |= against_truth(net, truth, run.seed)
 
-    column, name = TITLES[run.mode], describe(run.corruption)
-    layers = [("dots", on_paper(truth, x[:1500]), BLUE), outline(run.data)]
-    cells = {(f"samples, trained on\n{name}", column): (layers, caption)}
+    column, name = VARIANTS[run.mode][2], describe(run.corruption)
+    cells = {(f"samples, trained on\n{name}", column): (scene(run.data, truth, x), text)}
     if run.corruption == args.shown:
         states = []
         end = generate(net, (40, len(truth.frame)), 100, run.seed,
                        lambda x, t: states.append(x) or x, "ddim")
         paths = on_paper(truth, torch.stack([*states, end], 1))
         cells[f"sampling paths (DDIM),\n{name}", column] = (
-            [("lines", paths, GREY), ("dots", paths[:, -1], BLUE), outline(run.data)], "")
-        exact, field = (score_field(f, truth, run.data) for f in (Exact(truth), net))
+            [("lines", paths, GREY), *scene(run.data, truth, end)], "")
+        exact, field = (score_field(f, truth) for f in (Exact(truth), net))
         cells[f"score at s = .2, as steps\nx to D(x) (grey: exact),\n{name}", column] = (
-            [("lines", exact, GREY), ("lines", field, BLUE), ("dots", field[:, 1], BLUE),
-             outline(run.data)], "relative score error {:.2f}".format(row["score_error"][1]))
+            [("lines", exact, GREY), ("lines", field, BLUE), *scene(run.data, truth, x[:0]),
+             ("dots", field[:, 1], BLUE)], caption(row, "score_error"))
     return [row], cells
 
 
@@ -444,9 +441,8 @@ def plane_lambda(net, run, args):
     truth = plane(run.seed)
     x = generate(net, (args.samples, 3), args.sample_steps, run.seed)
     row = {"lam": run.lam, **plane_figures(x @ truth.frame, run.seed)}
-    layers = [("dots", on_paper(truth, x[:1500]), BLUE), outline("plane")]
-    caption = "off-plane {off_plane_rms:.3f}\nstd kept {in_plane_std_ratio:.2f}".format(**row)
-    return [row], {(TITLES[run.mode], f"lambda {run.lam}"): (layers, caption)}
+    text = caption(row, "off_plane_rms", "in_plane_std_ratio")
+    return [row], {(VARIANTS[run.mode][2], f"lambda {run.lam}"): (scene("plane", truth, x), text)}
 
 
 def subspace(net, run, args):
@@ -464,32 +460,59 @@ def subspace(net, run, args):
         return [("image", ((tiles.clamp(-1, 1) + 1) * 127.5).byte().numpy(), None)]
 
     title = f"trained on\n{describe(run.corruption)}"
-    caption = ("energy outside {outside_share:.3f}\n"
-               "variance inside {variance_ratio:.2f}").format(**row)
     return [row], {(title, "training data"): (contact(training_points(run, args)), ""),
-                   (title, TITLES[run.mode]): (contact(x), caption)}
+                   (title, VARIANTS[run.mode][2]): (
+                       contact(x), caption(row, "outside_share", "variance_ratio"))}
 
 
 def memorize(net, run, args):
     """Few training points: copies among the samples, and denoising error on fresh points."""
     truth, seen = mixture(run.seed), training_points(run, args)
     x = generate(net, (args.samples, 2), args.sample_steps, run.seed)
-    fresh = truth.draw(args.samples, torch.Generator().manual_seed(run.seed + 4))
+    fresh = truth.draw(args.samples, seeded(FRESH, run.seed))
     row = {"n": run.n, "copied_share": copied_share(x, seen),
            "fresh_draws_share": copied_share(fresh, seen), "heldout_error_ratio": []}
     for level in LEVELS:
         error, best = (rms(denoised(f, fresh, level, run.seed)[3] - fresh)
                        for f in (net, Exact(truth)))
         row["heldout_error_ratio"].append(error / best)
-    layers = [("dots", on_paper(truth, x[:1500]), BLUE), ("dots", on_paper(truth, seen), RED)]
-    caption = ("copies {copied_share:.2f} (fresh {fresh_draws_share:.2f})\n"
-               "error on fresh x {heldout_error_ratio[1]:.2f}").format(**row)
-    return [row], {(f"{run.n} training points\n(red)", TITLES[run.mode]): (layers, caption)}
+    layers = [*scene("mixture", truth, x)[:1], ("dots", on_paper(truth, seen), RED)]
+    return [row], {(f"{run.n} training points\n(red)", VARIANTS[run.mode][2]): (
+        layers, caption(row, "copied_share", "heldout_error_ratio"))}
+
+
+# name: (norm, ascent steps) of the push on every fifth state of a sampling trajectory
+ATTACKS = {"none": None, "random linf": ("linf", 0), "pgd linf": ("linf", 5),
+           "random l2": ("l2", 0), "pgd l2": ("l2", 5)}
+
+
+def attack(net, run, args):
+    """White-box perturbation of sampling, at a budget of .5 s_t per element, and its control."""
+    truth = TRUTHS[run.data](run.seed)
+    shape = (args.samples // 3, len(truth.frame))
+    chosen = timesteps(DIFFUSION.T, args.sample_steps)[4::5]
+    rows, cells, untouched = [], {}, None
+    for name, settings in ATTACKS.items():
+        g = seeded(PUSH, run.seed)
+        hook = settings and trajectory_attack(
+            Denoiser(net, DIFFUSION), DIFFUSION, chosen,
+            lambda: torch.randn(shape, generator=g), settings[0], 0.5, settings[1])
+        x = generate(net, shape, args.sample_steps, run.seed, hook)
+        untouched = x if untouched is None else untouched
+        damage = ({"spurious_mass": mixture_figures(x)["spurious_mass"]} if run.data == "mixture"
+                  else {"off_plane_rms": rms((x @ truth.frame)[:, 2:])})
+        row = {"data": run.data, "attack": name, **damage,
+               "wasserstein_to_unattacked": sliced_wasserstein(x, untouched)}
+        rows.append(row)
+        if run.corruption == args.shown and "linf" not in name:
+            cells[f"{run.data}\nattack: {name}", VARIANTS[run.mode][2]] = (
+                scene(run.data, truth, x), caption(row, *damage, "wasserstein_to_unattacked"))
+    return rows, cells
 
 
 # The inner objective of each perturbation: (norm, ascent steps, does it move D instead of eps)
 RULES = {
-    "random": None,
+    "random": ("linf", 0, False),
     "sign x1": ("linf", 1, False), "sign x3": ("linf", 3, False), "sign x10": ("linf", 10, False),
     "l2 x1": ("l2", 1, False), "l2 x3": ("l2", 3, False), "l2 x10": ("l2", 10, False),
     "residual l2 x3": ("l2", 3, True),
@@ -498,91 +521,34 @@ RULES = {
 
 def perturbation(rule, net, x, t, r):
     """omega (B, d) of half-width r (B, 1) at x by one of RULES, through `losses.ascend`."""
-    omega = random_omega(r, x)
-    if rule is None:
-        return omega
     norm, steps, residual = rule
-    target = Residual(net) if residual else net
+    view = Denoiser(net, DIFFUSION) if residual else net
     with torch.no_grad():
-        clean = target(x, t)
+        clean = view(x, t)
     cfg = Perturbation(ascent_norm=norm, ascent_steps=steps)
-    return ascend(omega, target, x, DIFFUSION.at(t, x)[1], t, r, clean, cfg)
+    return ascend(random_omega(r, x), view, x, DIFFUSION.at(t, x)[1], t, r, clean, cfg)
 
 
-def attack(net, run, args):
-    """White-box perturbation of sampling: on every fifth step, x <- x + s_t omega.
-
-    omega moves the denoised estimate most, |omega| <= .5 per element (linf) or .5 sqrt(d) (l2),
-    by five ascent steps from a random start; `random` has the same norm and no gradient.
-    """
-    truth, d = TRUTHS[run.data](run.seed), len(TRUTHS[run.data](run.seed).frame)
-    rows, cells, untouched = [], {}, None
-    for name in ("none", "random linf", "pgd linf", "random l2", "pgd l2"):
-        kind, _, norm = name.partition(" ")
-        calls = []
-
-        def hook(x, t):
-            calls.append(t)
-            if kind == "none" or len(calls) % 5:
-                return x
-            batch_t, r = torch.full((len(x),), t), torch.full((len(x), 1), 0.5)
-            if kind == "pgd":
-                omega = perturbation((norm, 5, True), net, x, batch_t, r)
-            elif norm == "linf":
-                omega = r * torch.randn_like(x).sign()
-            else:
-                omega = r * math.sqrt(d) * F.normalize(torch.randn_like(x))
-            return x + DIFFUSION.at(batch_t, x)[1] * omega
-
-        torch.manual_seed(run.seed)
-        x = generate(net, (args.samples // 3, d), args.sample_steps, run.seed, hook)
-        untouched = x if untouched is None else untouched
-        if run.data == "plane":
-            damage, value = "off_plane_rms", rms((x @ truth.frame)[:, 2:])
-        else:
-            damage, value = "spurious_mass", mixture_figures(x)["spurious_mass"]
-        moved = sliced_wasserstein(x, untouched)
-        rows.append({"data": run.data, "attack": name, damage: value,
-                     "wasserstein_to_unattacked": moved})
-        if run.corruption == args.shown and norm != "linf":
-            cells[f"{run.data}\nattack: {name}", TITLES[run.mode]] = (
-                [("dots", on_paper(truth, x), BLUE), outline(run.data)],
-                f"{damage.replace('_', ' ')} {value:.3f}\nmoved by {moved:.3f}")
-    return rows, cells
-
-
-def linear_optimum(rule, V, levels, cfg, draws=32, rounds=30):
-    """The linear network that the regularised objective converges to on data N(0, V).
+def linear_optimum(rule, V, level, cfg, draws=64, rounds=30):
+    """The linear network that the regularised objective converges to on data N(0, V), at one t.
 
     With M = E[lam_t omega omega^T] the minimiser is
         K = s (I + M) (a V + s^2 I + s^2 M)^-1
     and M depends on K through the ascent: alternate, averaging M over the rounds.
-    Returns (Linear, M (levels, d, d), last omega (levels, draws, d) over its half-width r).
+    Returns (K (d, d), M (d, d), last omega (draws, d) over its half-width r).
     """
     eye = torch.eye(len(V))
-    t = torch.tensor(levels).repeat_interleave(draws)
-    x = torch.zeros(len(t), len(V))  # the net is linear: J is the same at every x
+    t = torch.full((draws,), level)
+    x = torch.zeros(draws, len(V))  # the net is linear: J is the same at every x
     sqrt_a, s = DIFFUSION.at(t, x)
-    a_level, s_level = sqrt_a[::draws, :, None] ** 2, s[::draws, :, None]
-    M = torch.zeros(len(levels), *V.shape)
+    a_level, s_level = sqrt_a[0] ** 2, s[0]
+    M = torch.zeros_like(V)
     for i in range(rounds):
         K = s_level * (eye + M) @ torch.linalg.inv(a_level * V + s_level**2 * (eye + M))
-        net = Linear(K, levels)
         r, lam_t = radius_and_weight(s, cfg)
-        omega = perturbation(rule, net, x, t, r)
-        outer = lam_t[:, :, None] * omega[:, :, None] * omega[:, None, :]
-        M = M + 2 / (i + 2) * (outer.view(len(levels), draws, *V.shape).mean(1) - M)
-    return net, M, (omega / r).view(len(levels), draws, -1)
-
-
-def gain_cell(signal, noise):
-    """A cell with two curves over LEVELS: the gains (0 to 1) of C on signal and on noise."""
-    layers = [("lines", [np.array([[-0.8, 0.9], [-0.8, -0.8], [0.9, -0.8]])], GREY),
-              ("text", [(-0.3, 0.85, "signal"), (-0.75, -0.4, "noise")], BLACK)]
-    for part, colour in ((signal, BLUE), (noise, RED)):
-        curve = np.array([(-0.8 + 0.5 * i, 1.6 * gain - 0.8) for i, gain in enumerate(part)])
-        layers += [("lines", [curve], colour), ("dots", curve, colour)]
-    return layers, "gain of C, 0 to 1,\nat s = .08, .20, .46, .90"
+        omega = perturbation(rule, Linear(K), x, t, r)
+        M = M + 2 / (i + 2) * ((lam_t * omega).T @ omega / draws - M)
+    return K, M, omega / r
 
 
 def why(net, run, args):
@@ -590,63 +556,64 @@ def why(net, run, args):
 
     Data N(0, V) in 2-D: signal of variance 1/3 along one direction, noise of p sigma^2 along
     both, the basis turned by 30 degrees. The MLP is dsm's on the noisy plane.
-    C = sqrt(a) dD/dx: what the denoiser D lets through, its gain along the data's directions.
+    C = sqrt(a) dD/dx = I - s d eps_theta/dx: its gains along signal and noise are what the
+    denoiser D lets through; the penalty is |C omega|^2. Lists are over LEVELS.
     """
     variance = torch.tensor([1 / 3, 0.0]) + max(run.corruption[0] * run.corruption[1] ** 2, 1e-4)
-    g = torch.Generator().manual_seed(run.seed)
-    data = torch.randn(args.samples // 2, 2, generator=g) * variance.sqrt()
-    levels = timesteps(DIFFUSION.T, args.sample_steps)
-    shown = min(range(len(levels)), key=lambda i: abs(levels[i] - LEVELS[1]))
-    cfg = Perturbation(reading=args.reading, lam=run.lam)
+    cfg = Perturbation(reading=args.reading, lam=args.lam)
     frame = plane(run.seed).frame
     seen = training_points(run, args)[:1000]
     states = [denoised(net, seen, level, run.seed)[:2] for level in LEVELS]
-    titles = ("samples of the best\nlinear network\n(grey: its data)",
+    titles = ("what the best linear\nnetwork lets through",
               "its omega, s = .2\n(red: the noise's\ndirection)",
               "omega on the dsm MLP,\nnoisy plane, s = .2\n(red: across the plane)")
+    across = ("lines", np.array([[[0, -0.95], [0, 0.95]]]), RED)
 
-    gains = {"linear_gain_signal": [], "linear_gain_noise": [],
-             "mlp_gain_signal": [], "mlp_gain_noise": []}
+    def gains_cell(signal, noise):
+        curves = {name: list(zip((0.1, 0.35, 0.6, 0.85), part))
+                  for name, part in (("noise", noise), ("signal", signal))}
+        return (chart(curves, "s: .08, .20, .46, .90", "gain, 0 to 1"),
+                f"at s = .2: signal {signal[1]:.2f}\nnoise {noise[1]:.2f}")
+
+    a = DIFFUSION.alpha_bar[list(LEVELS)]
+    row = {"mode": "dsm", "mlp_signal_gain": [], "mlp_noise_gain": []}
+    row["signal_gain"], row["noise_gain"] = ((a * v / (a * v + 1 - a)).tolist() for v in variance)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda x, t: net(x[None], t[None])[0]))
     for x_t, t in states:
-        a = DIFFUSION.alpha_bar[t[0]].item()
-        jacobian = torch.func.vmap(torch.func.jacrev(lambda x, t: net(x[None], t[None])[0]))(x_t, t)
-        C = (frame.T @ (torch.eye(3) - (1 - a) ** 0.5 * jacobian.mean(0)) @ frame).diag()
-        measured = [*(a * variance / (a * variance + 1 - a)), C[:2].mean(), C[2]]
-        for part, gain in zip(gains.values(), measured):
-            part.append(gain.item())
-    curves = list(gains.values())
-    rows = [{"mode": "C of dsm", **gains}]
-    cells = {(titles[0], "what dsm lets through"): gain_cell(*curves[:2]),
-             (titles[2], "what dsm lets through"): gain_cell(*curves[2:])}
+        s = DIFFUSION.s[t[0]]
+        C = (frame.T @ (torch.eye(3) - s * jacobian(x_t, t).mean(0)) @ frame).diag()
+        row["mlp_signal_gain"].append(C[:2].mean().item())
+        row["mlp_noise_gain"].append(C[2].item())
+    cells = {(titles[0], "dsm"): gains_cell(row["signal_gain"], row["noise_gain"]),
+             (titles[2], "dsm"): gains_cell(row["mlp_signal_gain"], row["mlp_noise_gain"])}
+    rows = [row]
 
-    across = ("lines", [np.array([[0, -0.95], [0, 0.95]])], RED)
     for name, rule in [*RULES.items(), ("sign x3, not turned", RULES["sign x3"])]:
         torch.manual_seed(run.seed)
         turn = math.radians(30 if name in RULES else 0)
         axes = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        linear, M, omega = linear_optimum(rule, axes @ variance.diag() @ axes.T, levels, cfg)
-        x = generate(linear, data.shape, args.sample_steps, run.seed) @ axes
-        kept = (x.std(0) / variance.sqrt()).tolist()
-        weight = (axes.T @ M[shown] @ axes).diag()
-        row = {"mode": name, "linear_noise_std_kept": kept[1], "linear_signal_std_kept": kept[0],
-               "linear_omega_on_noise": (weight[1] / weight.sum()).item()}
-        rows.append(row)
-        cells[titles[0], name] = (
-            [("dots", data.numpy() / 1.8, GREY), ("dots", x.numpy() / 1.8, BLUE)],
-            f"std kept: noise {kept[1]:.2f}\nsignal {kept[0]:.2f}")
-        cells[titles[1], name] = ([("dots", (omega[shown] @ axes).numpy() / 2, BLUE), across],
-                                  f"on noise {row['linear_omega_on_noise']:.0%}")
-        if name not in RULES:
-            continue
-        row["mlp_omega_off_plane"] = []
-        for x_t, t in states:
+        row = {"mode": name, "signal_gain": [], "noise_gain": [], "omega_on_noise": []}
+        for level, (x_t, t) in zip(LEVELS, states):
+            K, M, omega = linear_optimum(rule, axes @ variance.diag() @ axes.T, level, cfg)
+            C = (axes.T @ (torch.eye(2) - DIFFUSION.s[level] * K) @ axes).diag().tolist()
+            weight = (axes.T @ M @ axes).diag()
+            row["signal_gain"].append(C[0])
+            row["noise_gain"].append(C[1])
+            row["omega_on_noise"].append((weight[1] / weight.sum()).item())
+            if level == LEVELS[1]:
+                cells[titles[1], name] = ([("dots", (omega @ axes).numpy() / 2, BLUE), across],
+                                          f"on noise {row['omega_on_noise'][-1]:.0%}")
+            if name not in RULES:
+                continue
             r, _ = radius_and_weight(DIFFUSION.at(t, x_t)[1], cfg)
             u = perturbation(rule, net, x_t, t, r) / r @ frame
-            row["mlp_omega_off_plane"].append((u[:, 2].square().sum() / u.square().sum()).item())
-            if t[0] == LEVELS[1]:
-                cells[titles[2], name] = (
-                    [("dots", u[:400, [0, 2]].numpy() / 2, BLUE), across],
-                    f"across the plane {row['mlp_omega_off_plane'][-1]:.0%}")
+            off = u[:, 2].square().sum() / u.square().sum()
+            row.setdefault("mlp_omega_off_plane", []).append(off.item())
+            if level == LEVELS[1]:
+                cells[titles[2], name] = ([("dots", u[:400, [0, 2]].numpy() / 2, BLUE), across],
+                                          f"off plane {off:.0%}")
+        cells[titles[0], name] = gains_cell(row["signal_gain"], row["noise_gain"])
+        rows.append(row)
     return rows, dict(sorted(cells.items(), key=lambda cell: titles.index(cell[0][0])))
 
 
@@ -655,18 +622,15 @@ def why(net, run, args):
 PANEL, LEFT, TOP, GAP, CAPTION = 170, 150, 62, 8, 32
 
 
-def lambda_curve(rows):
-    """A cell with std kept against off-plane distance, a line per mode, a dot per lambda."""
-    layers = [("lines", [np.array([[-0.85, 0.9], [-0.85, -0.8], [0.95, -0.8]])], GREY),
-              ("text", [(-0.8, 0.98, "std kept, .4 to 1.1"),
-                        (-0.5, -0.8, "off-plane, 0 to .2")], BLACK)]
-    for i, (mode, colour) in enumerate((("random", RED), ("adv", BLUE))):
-        curve = [(-0.85 + 9 * row["off_plane_rms"], 2.4 * row["in_plane_std_ratio"] - 1.76)
-                 for row in rows if row["mode"] == mode]
-        if curve:
-            layers += [("lines", [np.array(curve)], colour), ("dots", np.array(curve), colour),
-                       ("text", [(0.2, -0.2 - 0.2 * i, mode)], colour)]
-    return layers, "best: left and high\n(off-plane 0, kept 1)"
+def chart(curves, x_label, y_label):
+    """Layers of a small chart: {name: points (x, y) in [0, 1]^2}, at most two, red then blue."""
+    layers = [("lines", np.array([[[-0.85, 0.9], [-0.85, -0.85], [0.95, -0.85]]]), GREY),
+              ("text", [(-0.8, 0.98, y_label), (-0.7, -0.86, x_label)], BLACK)]
+    for (name, xy), colour in zip(curves.items(), (RED, BLUE)):
+        xy = 1.7 * np.array(xy) - 0.85
+        layers += [("lines", xy[None], colour), ("dots", xy, colour),
+                   ("text", [(*xy[len(xy) // 2] + [0.05, 0.17], name)], colour)]
+    return layers
 
 
 def panel(layers):
@@ -686,8 +650,8 @@ def panel(layers):
             for x, y in pixels(content):
                 pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
         elif kind == "lines":
-            for line in content:
-                pen.line([tuple(point) for point in pixels(line)], fill=colour, width=2)
+            for line in pixels(content):
+                pen.line([tuple(point) for point in line], fill=colour, width=2)
         else:
             for x, y, text in content:
                 pen.text(pixels([x, y]), text, fill=colour, font=ImageFont.load_default(22))
@@ -707,10 +671,10 @@ def draw(path, title, cells):
         pen.text((LEFT + j * width, TOP - 20), column, fill="black", font=middle)
     for i, row in enumerate(rows):
         pen.text((8, TOP + i * height + 8), row, fill="black", font=small)
-    for (row, column), (layers, caption) in cells.items():
+    for (row, column), (layers, text) in cells.items():
         left, top = LEFT + columns.index(column) * width, TOP + rows.index(row) * height
         sheet.paste(panel(layers), (left, top))
-        pen.text((left + 2, top + PANEL + 1), caption, fill="black", font=small)
+        pen.text((left + 2, top + PANEL + 1), text, fill="black", font=small)
     # 64 colours are plenty, and a third of the bytes
     sheet = sheet.quantize(64, dither=Image.Dither.NONE)
     write_atomically(path, lambda temporary: sheet.save(temporary, "PNG", optimize=True))
@@ -734,11 +698,9 @@ def table(rows):
         spread = f" +- {values.std(ddof=1):.3f}" if len(group) > 1 else ""
         return f"{values.mean():.3f}{spread}"
 
-    lines = [keys + names] + [[*key, *(cell(name, group) for name in names)]
-                              for key, group in groups.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    lines = [keys + names, ["---"] * len(keys + names)]
+    lines += [[*key, *(cell(name, group) for name in names)] for key, group in groups.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # ---------- Command line
@@ -746,72 +708,47 @@ def table(rows):
 # name: (its function, the title of its picture)
 EXPERIMENTS = {
     "plane": (points, "A square in 3-D seen edge-on: samples (blue) should lie on the red line and "
-                      "fill it. std: of the samples within the plane, over the true one."),
+                      "fill it. std ratio: of the samples within the plane, over the true one."),
     "plane_lambda": (plane_lambda, "The weight lambda growing: does a mode flatten the cloud "
-                                   "(off-plane to 0) or shrink the square (std kept below 1)?"),
-    "mixture": (points, "Five Gaussians, red circles at 2 std: samples (blue) should be in them."),
+                                   "(off-plane to 0) or shrink the square (std ratio below 1)?"),
+    "mixture": (points, "Five Gaussians, red circles at 2 std: samples (blue) should be in them. "
+                        "Mass error: of the modes' shares. Spurious: beyond 4 std of each."),
     "subspace": (subspace, "Images of a linear subspace: samples of each mode, all from the same "
-                           "noise. Best: no energy outside, variance 1."),
+                           "noise. Best: share outside 0, variance ratio 1."),
     "memorize": (memorize, "Few training points (red): samples (blue) that sit on them are copies. "
-                           "Error on fresh x: of denoising at s = .2, over the least possible."),
+                           "Error: of denoising fresh x at s = .2, over the least possible."),
     "attack": (attack, "Sampling while every fifth state is pushed by half a standard deviation of "
                        "its noise: at random, or where it moves the denoised estimate most (pgd)."),
     "why": (why, "Why adversarially train: where does each rule turn omega, and what does the "
-                 "penalty there remove from the samples? Wanted: noise near 0, signal near 1."),
+                 "penalty there leave of the denoiser's gains? Wanted: noise 0, signal 1."),
 }
-CORRUPTIONS = [(0.0, 0.0, 0.0), (0.9, 0.1, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)]
-
-
-class Run(NamedTuple):
-    """One network to train: on n points of `data`, corrupted, with a mode and a weight."""
-
-    data: str
-    corruption: tuple
-    mode: str
-    lam: float
-    seed: int
-    n: int = 10_000
-
-
-def training_points(run, args):
-    """The run's training set (n, d), a function of the run alone."""
-    if run.data == "subspace":
-        clean = image_subspace(args.images, args.rank)[0][:-HELD_OUT]
-        return corrupt(clean, run.corruption, run.seed, reach=1)
-    x0 = TRUTHS[run.data](run.seed).draw(run.n, torch.Generator().manual_seed(run.seed))
-    return corrupt(x0, run.corruption, run.seed, reach=2)
+CLEAN = (0.0, 0.0, 0.0)
+CORRUPTIONS = [CLEAN, (0.9, 0.1, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)]
 
 
 def plan(args):
     """{Run: names of the experiments that look at it}; experiments share networks."""
     runs = {}
 
-    def want(name, data, corruption, mode, lam, seed, *n):
+    def want(name, *run):
         if args.experiment in (name, name.partition("_")[0], "all"):
-            runs.setdefault(Run(data, corruption, mode, lam, seed, *n), []).append(name)
+            runs.setdefault(Run(*run), []).append(name)
 
     for seed in range(args.seed, args.seed + args.seeds):
-        for corruption in args.corruptions:
-            for mode in ["exact"] + args.modes:
-                # the plane alone takes every ascent, on it they are compared
-                common = mode != "adv_l2" or args.modes != list(VARIANTS)
-                attacked = corruption in (args.corruptions[0], args.shown)
-                want("plane", "plane", corruption, mode, args.lam, seed)
-                if common:
-                    want("mixture", "mixture", corruption, mode, args.lam, seed)
-                if common and attacked:
-                    want("attack", "plane", corruption, mode, args.lam, seed)
-                    want("attack", "mixture", corruption, mode, args.lam, seed)
-                if common and mode != "exact":
-                    want("subspace", "subspace", corruption, mode, args.lam, seed)
-        for mode in [m for m in ("exact", "dsm", "random", "adv", "adv_l2x3")
-                     if m in ["exact"] + args.modes]:
+        for mode in ["exact", *args.modes]:
+            lam = 0.0 if mode in ("exact", "dsm") else args.lam
+            for corruption in args.corruptions:
+                for data in ("plane", "mixture"):
+                    want(data, data, corruption, mode, lam, seed)
+                    if corruption in (CLEAN, args.shown):
+                        want("attack", data, corruption, mode, lam, seed)
+                if mode != "exact":
+                    want("subspace", "subspace", corruption, mode, lam, seed)
             for n in args.few:
-                want("memorize", "mixture", CORRUPTIONS[0], mode, args.lam, seed, n)
-        for mode in [m for m in ("random", "adv") if m in args.modes]:
-            for lam in args.lambdas:
+                want("memorize", "mixture", CLEAN, mode, lam, seed, n)
+            for lam in args.lambdas if mode in ("random", "adv") else ():
                 want("plane_lambda", "plane", args.shown, mode, lam, seed)
-        want("why", "plane", args.shown, "dsm", args.lam, seed)
+        want("why", "plane", args.shown, "dsm", 0.0, seed)
     return runs
 
 
@@ -821,7 +758,7 @@ def work(run, names, args):
     if run.mode == "exact":
         net = Exact(TRUTHS[run.data](run.seed))
     else:
-        net = train(run, training_points(run, args), args, 128 if run.data == "subspace" else 256)
+        net = train(run, training_points(run, args), args)
     head = {"corruption": describe(run.corruption), "mode": run.mode, "seed": run.seed}
     results = []
     for name in names:
@@ -832,9 +769,9 @@ def work(run, names, args):
 
 def modes(text):
     """An argparse type: "dsm,adv" -> ["dsm", "adv"]."""
-    chosen = text.split(",")
-    if not set(chosen) <= set(VARIANTS):
-        raise argparse.ArgumentTypeError(f"{text!r}: modes are {','.join(VARIANTS)}")
+    chosen, known = text.split(","), list(VARIANTS)[1:]
+    if not set(chosen) <= set(known):
+        raise argparse.ArgumentTypeError(f"{text!r}: modes are {','.join(known)}")
     return chosen
 
 
@@ -843,8 +780,8 @@ def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiment", nargs="?", default="all",
                    choices=["plane", "mixture", "subspace", "memorize", "attack", "why", "all"])
-    p.add_argument("--modes", type=modes, default=list(VARIANTS),
-                   help=f"with commas between, of {','.join(VARIANTS)} (all; adv_l2 on plane only)")
+    p.add_argument("--modes", type=modes,
+                   help=f"with commas between, of {','.join(list(VARIANTS)[1:])} (all but adv_l2)")
     p.add_argument("--noise_p", type=number(float, 0, 1), help="share of noisy training points")
     p.add_argument("--noise_std", type=number(float, 0), help="standard deviation of their noise")
     p.add_argument("--outlier_p", type=number(float, 0, 1), help="share of outliers")
@@ -854,7 +791,8 @@ def parse_args(argv=None):
                    help=f"weight lambda ({Perturbation.lam})")
     p.add_argument("--images", help="subspace: folder of your own images (the embedded shapes)")
     p.add_argument("--rank", type=number(int, 1, 256), default=16, help="subspace: dimension (16)")
-    p.add_argument("--steps", type=number(int, 1), help="training steps (1000; 300 if --quick)")
+    p.add_argument("--steps", type=number(int, 1),
+                   help="training steps (2000 on the plane, 1000 elsewhere; 300 if --quick)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="the first seed (0)")
     p.add_argument("--seeds", type=number(int, 1), default=1, help="how many seeds (1)")
     p.add_argument("--quick", action="store_true",
@@ -871,9 +809,9 @@ def parse_args(argv=None):
         args.corruptions = [(args.noise_p or 0.0, args.noise_std or 0.0, args.outlier_p or 0.0)]
     # The corruption whose sampling paths, fields, attacks and lambdas are shown
     args.shown = args.corruptions[min(2, len(args.corruptions) - 1)]
-    if args.quick and args.modes == list(VARIANTS):
-        args.modes = ["dsm", "random", "adv", "invariant"]
-    args.steps = args.steps or (300 if args.quick else 1000)
+    args.modes = args.modes or ["dsm", "random", "adv", *["adv_l2x3"] * (not args.quick),
+                                "invariant"]
+    args.steps = args.steps or (300 if args.quick else None)
     args.samples, args.sample_steps = (600, 50) if args.quick else (3000, 250)
     args.few = (8,) if args.quick else (8, 32, 128)
     args.lambdas = (0.3, 1.0) if args.quick else (0.1, 0.3, 1.0, 3.0)
@@ -893,22 +831,15 @@ def main(argv=None):
         raise UserError(f"--out {args.out}: {error.strerror}") from error
     begun = time.perf_counter()
     done = {}
-
-    def report(run, results):
-        done[run] = results
-        spent = time.perf_counter() - begun
-        print(f"{len(done)}/{len(runs)}  {run.data}, {describe(run.corruption)}, {run.mode}, lambda"
-              f" {run.lam}, n {run.n:,}, seed {run.seed}  {spent / len(done):.1f} s/network  "
-              f"ETA {duration(spent / len(done) * (len(runs) - len(done)))}", flush=True)
-
-    if args.workers == 1:
-        for run, names in runs.items():
-            report(run, work(run, names, args))
-    else:
-        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-            futures = {pool.submit(work, run, names, args): run for run, names in runs.items()}
-            for future in as_completed(futures):
-                report(futures[future], future.result())
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        futures = {pool.submit(work, run, names, args): run for run, names in runs.items()}
+        for future in as_completed(futures):
+            run = futures[future]
+            done[run] = future.result()
+            each = (time.perf_counter() - begun) / len(done)
+            print(f"{len(done)}/{len(runs)}  {run.data}, {describe(run.corruption)}, {run.mode}, "
+                  f"lambda {run.lam}, n {run.n:,}, seed {run.seed}  {each:.1f} s/network  "
+                  f"ETA {duration(each * (len(runs) - len(done)))}", flush=True)
 
     rows, cells = {}, {}
     for run in sorted(runs, key=lambda run: run.lam):  # else as planned, not as finished
@@ -919,8 +850,14 @@ def main(argv=None):
     for name in [name for name in EXPERIMENTS if name in rows]:
         print(f"\n{name}; lists are at t = {' / '.join(map(str, LEVELS))}\n{table(rows[name])}")
         if name == "plane_lambda":
-            first = [row for row in rows[name] if row["seed"] == args.seed]
-            cells[name][TITLES[first[-1]["mode"]], "off-plane, std"] = lambda_curve(first)
+            curves = {}
+            for row in rows[name]:
+                if row["seed"] == args.seed:
+                    curves.setdefault(row["mode"], []).append(
+                        (row["off_plane_rms"] / 0.2, (row["in_plane_std_ratio"] - 0.4) / 0.7))
+            cells[name][VARIANTS[row["mode"]][2], "curves over lambda"] = (
+                chart(curves, "off-plane rms, 0 to .2", "std ratio, .4 to 1.1"),
+                "best: left and high,\nat the height of 1")
         draw(args.out / f"{name}.png", EXPERIMENTS[name][1], cells[name])
     text = json.dumps([row for found in rows.values() for row in found], indent=1)
     write_atomically(args.out / "toy.json", lambda temporary: temporary.write_text(text + "\n"))
