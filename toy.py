@@ -6,27 +6,27 @@
     python toy.py plane --noise_p 0.9 --noise_std 0.2 --modes dsm,adv
 
 plane     a square on an oblique plane in 3-D: who leaves the plane, who shrinks the square?
-          With it plane_lambda, the same at several weights lambda.
+          With it plane_lambda, the same at several weights lambda. Orientations within 26
+          degrees of an axis, 30 % of all, are redrawn: see OBLIQUE.
 mixture   five unequal Gaussians in 2-D: mode shares, and mass where no mode is
 subspace  images projected on their first principal components, as flat vectors
-memorize  few training points: copies among the samples, and the error on held-out points
+memorize  few training points (of the first corruption): copies, and the error on fresh points
 attack    perturbed sampling trajectories, beside random perturbations of the same norm
 why       which directions the perturbation picks, and what the penalty then removes
 
 Corruptions, frozen per training point: noise on 90 % of them (std .1, .2), 10 % outliers (uniform
 in [-2, 2] per coordinate; in [-1, 1] for images). The flags narrow them to one. The mode `exact`
-is the true score of the clean data in the same sampler: the best attainable.
-Writes OUT/toy.json, a list of rows, and OUT/<experiment>.png.
+is the true score of the clean data in the same sampler: the best attainable. All modes see the
+same batches. Writes OUT/toy.json, a list of rows, and OUT/<experiment>.png, of the first seed.
 """
 
 import argparse
 import json
 import math
-import os
+import signal
 import textwrap
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -46,6 +46,9 @@ from train import NOISY, OUTLIER, choose_corruption, load_images, shapes
 DIFFUSION = Diffusion()
 # Noise levels of the figures that are lists: s = .08, .20, .46 and .90
 LEVELS = (20, 60, 150, 400)
+# The largest component of the plane's normal. Near an axis the paper's sign step is nearly blind:
+# at .96 adv leaves .31 of dsm's distance to the plane, where l2 leaves .16.
+OBLIQUE = 0.9
 # name: (objective in losses.MODES, the ascent's settings, title)
 VARIANTS = {
     "exact": (None, {}, "exact score"),
@@ -64,7 +67,8 @@ def seeded(use, *numbers):
     return torch.Generator().manual_seed(mix(TOY, use, *numbers))
 
 
-ORIENTATION, POINTS, SPOIL, SAMPLES, LEVEL, FRESH, PROJECT, PUSH = range(8)
+# No two uses of randomness share a stream; all modes share all of these
+ORIENT, POINTS, SPOIL, BATCH, SAMPLES, LEVEL, TEST, FRESH, PROJECT, PUSH = range(10)
 
 
 # ---------- Ground truth
@@ -92,14 +96,15 @@ class Truth(NamedTuple):
 def plane(seed):
     """Uniform square [-1, 1]^2 on an oblique plane through 0 in 3-D, oriented by the seed.
 
+    Orientations whose normal has a component above OBLIQUE are redrawn.
+
     In its frame u, the third axis normal to the plane, p_t is a product:
         p(u_i) = [Phi((u_i + sqrt_a) / s) - Phi((u_i - sqrt_a) / s)] / (2 sqrt_a),  i = 1, 2
         p(u_3) = N(0, s^2)
     """
-    g = seeded(ORIENTATION, seed)
+    g = seeded(ORIENT, seed)
     frame = torch.eye(3)
-    # Oblique: along an axis the paper's sign step is blind, which `why` shows by itself
-    while frame[:, 2].abs().max() > 0.9:
+    while frame[:, 2].abs().max() > OBLIQUE:
         frame = torch.linalg.qr(torch.randn(3, 3, generator=g)).Q
 
     def draw(n, generator):
@@ -150,8 +155,11 @@ def image_subspace(folder, rank):
     """Images on their first `rank` principal components: (x (N, D) in that subspace, mean, basis).
 
     folder: of images, or None for the embedded shapes; grey, 16x16, flat, on the [-1, 1] scale.
-    basis (D, rank), orthonormal; the subspace goes through the mean. UserError if too few.
+    basis (D, rank), orthonormal, of the first 4000; the subspace goes through the mean.
+    Raises UserError if there is no such folder or too few images in it.
     """
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--images {folder}: no such folder")
     pixels = load_images("folder", 16, 1, folder) if folder else shapes(6000, 16, 1, 0)
     if len(pixels) < 2 * HELD_OUT:
         raise UserError(f"--images {folder}: {len(pixels)} images, {2 * HELD_OUT} are needed")
@@ -248,22 +256,27 @@ def training_points(run, args):
     return corrupt(x0, run.corruption, run.seed, reach=2)
 
 
+def training_steps(run, args):
+    """Twice as many on the plane, where the modes are compared most closely."""
+    return args.steps or (2000 if run.data == "plane" else 1000)
+
+
 def train(run, x0, args):
     """An MLP on x0 (N, d) by Adam, batch 256, at a rate that falls from .004 along a cosine.
 
-    The falling rate stands for an EMA: the last steps hardly move the figures. The plane, where
-    the modes are compared most closely, gets twice the steps.
+    The falling rate stands for an EMA: the last steps hardly move the figures.
     """
     objective, ascent, _ = VARIANTS[run.mode]
     cfg = Perturbation(reading=args.reading, lam=run.lam, **ascent)
-    steps = args.steps or (2000 if run.data == "plane" else 1000)
+    steps = training_steps(run, args)
     torch.manual_seed(run.seed)
     net = MLP(x0.shape[1])
+    g = seeded(BATCH, run.seed)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.002 * (1 + math.cos(math.pi * step / steps))
-        index, t = torch.randint(len(x0), (256,)), torch.randint(DIFFUSION.T, (256,))
-        eps = torch.randn(256, x0.shape[1])
+        index, t = (torch.randint(n, (256,), generator=g) for n in (len(x0), DIFFUSION.T))
+        eps = torch.randn(256, x0.shape[1], generator=g)
         loss, _ = MODES[objective](net, DIFFUSION, x0[index], t, eps, cfg)
         optimizer.zero_grad()
         loss.backward()
@@ -278,7 +291,7 @@ def generate(net, shape, steps, seed, perturb=None, sampler="ddpm"):
     x = sample(net, DIFFUSION, lambda: torch.randn(shape, generator=g), sampler, steps,
                clip=False, perturb=perturb)
     # Where sampling diverges, figures should be large, not undefined
-    return x.nan_to_num().clamp(-1e4, 1e4)
+    return x.nan_to_num(nan=1e4).clamp(-1e4, 1e4)
 
 
 def denoised(net, x0, level, seed):
@@ -313,7 +326,7 @@ def against_truth(net, truth, seed, n=2000):
     score_error: |eps_theta - eps*| / |eps*| in the mean square, eps* = -s times the exact score.
     reconstruction_rms: rms distance of D(x_t) to x0.
     """
-    x0 = truth.draw(n, seeded(FRESH, seed))
+    x0 = truth.draw(n, seeded(TEST, seed))
     figures = {"score_error": [], "reconstruction_rms": []}
     for level in LEVELS:
         x_t, t, predicted, D = denoised(net, x0, level, seed)
@@ -445,6 +458,21 @@ def plane_lambda(net, run, args):
     return [row], {(VARIANTS[run.mode][2], f"lambda {run.lam}"): (scene("plane", truth, x), text)}
 
 
+def lambda_cell(rows):
+    """plane_lambda's rows as a cell: std kept against off-plane distance, means over the seeds."""
+    points = {}
+    for row in rows:
+        xy = row["off_plane_rms"], row["in_plane_std_ratio"]
+        points.setdefault(row["mode"], {}).setdefault(row["lam"], []).append(xy)
+    curves = {mode: np.array([np.mean(xy, 0) for xy in of_lam.values()])
+              for mode, of_lam in points.items()}
+    widest, highest = np.concatenate(list(curves.values())).max(0)
+    highest = max(1, highest)
+    layers = chart({mode: xy / (widest, highest) for mode, xy in curves.items()},
+                   f"off-plane rms, 0 to {widest:.2f}", f"std ratio, 0 to {highest:.2f}")
+    return {(VARIANTS[rows[-1]["mode"]][2], "over lambda"): (layers, "best: left and high")}
+
+
 def subspace(net, run, args):
     """Images of a linear subspace, flat: do the samples stay in it, and keep its variance?"""
     data, mean, basis = image_subspace(args.images, args.rank)
@@ -470,24 +498,27 @@ def memorize(net, run, args):
     truth, seen = mixture(run.seed), training_points(run, args)
     x = generate(net, (args.samples, 2), args.sample_steps, run.seed)
     fresh = truth.draw(args.samples, seeded(FRESH, run.seed))
+    error, best = (against_truth(f, truth, run.seed)["reconstruction_rms"]
+                   for f in (net, Exact(truth)))
     row = {"n": run.n, "copied_share": copied_share(x, seen),
-           "fresh_draws_share": copied_share(fresh, seen), "heldout_error_ratio": []}
-    for level in LEVELS:
-        error, best = (rms(denoised(f, fresh, level, run.seed)[3] - fresh)
-                       for f in (net, Exact(truth)))
-        row["heldout_error_ratio"].append(error / best)
+           "fresh_draws_share": copied_share(fresh, seen),
+           "heldout_error_ratio": [e / b for e, b in zip(error, best)]}
     layers = [*scene("mixture", truth, x)[:1], ("dots", on_paper(truth, seen), RED)]
     return [row], {(f"{run.n} training points\n(red)", VARIANTS[run.mode][2]): (
         layers, caption(row, "copied_share", "heldout_error_ratio"))}
 
 
 # name: (norm, ascent steps) of the push on every fifth state of a sampling trajectory
-ATTACKS = {"none": None, "random linf": ("linf", 0), "pgd linf": ("linf", 5),
-           "random l2": ("l2", 0), "pgd l2": ("l2", 5)}
+ATTACKS = {"none": None, "none, other noise": None, "random linf": ("linf", 0),
+           "pgd linf": ("linf", 5), "random l2": ("l2", 0), "pgd l2": ("l2", 5)}
 
 
 def attack(net, run, args):
-    """White-box perturbation of sampling, at a budget of .5 s_t per element, and its control."""
+    """White-box perturbation of sampling, at a budget of .5 s_t per element, and its control.
+
+    moved_wasserstein: to the samples left alone, of the same noise. That of samples left alone
+    from other noise is how far two draws are apart by chance.
+    """
     truth = TRUTHS[run.data](run.seed)
     shape = (args.samples // 3, len(truth.frame))
     chosen = timesteps(DIFFUSION.T, args.sample_steps)[4::5]
@@ -497,16 +528,17 @@ def attack(net, run, args):
         hook = settings and trajectory_attack(
             Denoiser(net, DIFFUSION), DIFFUSION, chosen,
             lambda: torch.randn(shape, generator=g), settings[0], 0.5, settings[1])
-        x = generate(net, shape, args.sample_steps, run.seed, hook)
+        other = 1_000_000 * name.endswith("other noise")
+        x = generate(net, shape, args.sample_steps, run.seed + other, hook)
         untouched = x if untouched is None else untouched
         damage = ({"spurious_mass": mixture_figures(x)["spurious_mass"]} if run.data == "mixture"
                   else {"off_plane_rms": rms((x @ truth.frame)[:, 2:])})
         row = {"data": run.data, "attack": name, **damage,
-               "wasserstein_to_unattacked": sliced_wasserstein(x, untouched)}
+               "moved_wasserstein": sliced_wasserstein(x, untouched)}
         rows.append(row)
-        if run.corruption == args.shown and "linf" not in name:
+        if run.corruption == args.shown and name in ("none", "random l2", "pgd l2"):
             cells[f"{run.data}\nattack: {name}", VARIANTS[run.mode][2]] = (
-                scene(run.data, truth, x), caption(row, *damage, "wasserstein_to_unattacked"))
+                scene(run.data, truth, x), caption(row, *damage, "moved_wasserstein"))
     return rows, cells
 
 
@@ -552,42 +584,49 @@ def linear_optimum(rule, V, level, cfg, draws=64, rounds=30):
 
 
 def why(net, run, args):
-    """Where omega points, and what follows: exact on linear-Gaussian data, measured on an MLP.
+    """Where omega points, and what follows: exact on linear-Gaussian data, measured on MLPs.
 
-    Data N(0, V) in 2-D: signal of variance 1/3 along one direction, noise of p sigma^2 along
-    both, the basis turned by 30 degrees. The MLP is dsm's on the noisy plane.
+    Data N(0, V) in 2-D: signal of variance 1/3 along one direction, noise of p sigma^2 (at least
+    1e-4) along both, the basis turned by 30 degrees. The MLPs are those of the plane.
     C = sqrt(a) dD/dx = I - s d eps_theta/dx: its gains along signal and noise are what the
     denoiser D lets through; the penalty is |C omega|^2. Lists are over LEVELS.
     """
-    variance = torch.tensor([1 / 3, 0.0]) + max(run.corruption[0] * run.corruption[1] ** 2, 1e-4)
-    cfg = Perturbation(reading=args.reading, lam=args.lam)
     frame = plane(run.seed).frame
     seen = training_points(run, args)[:1000]
     states = [denoised(net, seen, level, run.seed)[:2] for level in LEVELS]
-    titles = ("what the best linear\nnetwork lets through",
-              "its omega, s = .2\n(red: the noise's\ndirection)",
-              "omega on the dsm MLP,\nnoisy plane, s = .2\n(red: across the plane)")
-    across = ("lines", np.array([[[0, -0.95], [0, 0.95]]]), RED)
+    titles = ("what the best linear\nnetwork lets through\n(grey: the best on\nclean data)",
+              "what the MLP trained so\nlets through, noisy plane\n(grey: as above)",
+              "omega on the linear one,\ns = .2 (red: the noise's\ndirection)",
+              "omega on the dsm MLP,\ns = .2 (red: across the\nplane)")
+    a = DIFFUSION.alpha_bar[list(LEVELS)]
+
+    def gain(variance):
+        """C of the dsm optimum on data of this variance, at each of LEVELS."""
+        return (a * variance / (a * variance + 1 - a)).tolist()
 
     def gains_cell(signal, noise):
         curves = {name: list(zip((0.1, 0.35, 0.6, 0.85), part))
-                  for name, part in (("noise", noise), ("signal", signal))}
+                  for name, part in (("noise", noise), ("signal", signal), ("", gain(1 / 3)))}
         return (chart(curves, "s: .08, .20, .46, .90", "gain, 0 to 1"),
                 f"at s = .2: signal {signal[1]:.2f}\nnoise {noise[1]:.2f}")
 
-    a = DIFFUSION.alpha_bar[list(LEVELS)]
-    row = {"mode": "dsm", "mlp_signal_gain": [], "mlp_noise_gain": []}
-    row["signal_gain"], row["noise_gain"] = ((a * v / (a * v + 1 - a)).tolist() for v in variance)
+    row = {"mode": f"{run.mode} MLP", "signal_gain": [], "noise_gain": []}
     jacobian = torch.func.vmap(torch.func.jacrev(lambda x, t: net(x[None], t[None])[0]))
     for x_t, t in states:
-        s = DIFFUSION.s[t[0]]
-        C = (frame.T @ (torch.eye(3) - s * jacobian(x_t, t).mean(0)) @ frame).diag()
-        row["mlp_signal_gain"].append(C[:2].mean().item())
-        row["mlp_noise_gain"].append(C[2].item())
-    cells = {(titles[0], "dsm"): gains_cell(row["signal_gain"], row["noise_gain"]),
-             (titles[2], "dsm"): gains_cell(row["mlp_signal_gain"], row["mlp_noise_gain"])}
-    rows = [row]
+        C = frame.T @ (torch.eye(3) - DIFFUSION.s[t[0]] * jacobian(x_t, t).mean(0)) @ frame
+        row["signal_gain"].append(C.diag()[:2].mean().item())
+        row["noise_gain"].append(C[2, 2].item())
+    rule_of = {"adv": "sign x1", "adv_l2": "l2 x1", "adv_l2x3": "l2 x3"}
+    cells = {(titles[1], rule_of.get(run.mode, run.mode)): gains_cell(*list(row.values())[1:])}
+    if run.mode != "dsm":
+        return [row], cells
 
+    variance = torch.tensor([1 / 3, 0.0]) + max(run.corruption[0] * run.corruption[1] ** 2, 1e-4)
+    cfg = Perturbation(reading=args.reading, lam=args.lam)
+    across = ("lines", np.array([[[0, -0.95], [0, 0.95]]]), RED)
+    plain = [gain(v) for v in variance]
+    rows = [{"mode": "dsm", **dict(zip(("signal_gain", "noise_gain"), plain))}, row]
+    cells = {(titles[0], "dsm"): gains_cell(*plain), **cells}
     for name, rule in [*RULES.items(), ("sign x3, not turned", RULES["sign x3"])]:
         torch.manual_seed(run.seed)
         turn = math.radians(30 if name in RULES else 0)
@@ -595,38 +634,40 @@ def why(net, run, args):
         row = {"mode": name, "signal_gain": [], "noise_gain": [], "omega_on_noise": []}
         for level, (x_t, t) in zip(LEVELS, states):
             K, M, omega = linear_optimum(rule, axes @ variance.diag() @ axes.T, level, cfg)
-            C = (axes.T @ (torch.eye(2) - DIFFUSION.s[level] * K) @ axes).diag().tolist()
+            C = axes.T @ (torch.eye(2) - DIFFUSION.s[level] * K) @ axes
             weight = (axes.T @ M @ axes).diag()
-            row["signal_gain"].append(C[0])
-            row["noise_gain"].append(C[1])
+            row["signal_gain"].append(C[0, 0].item())
+            row["noise_gain"].append(C[1, 1].item())
             row["omega_on_noise"].append((weight[1] / weight.sum()).item())
             if level == LEVELS[1]:
-                cells[titles[1], name] = ([("dots", (omega @ axes).numpy() / 2, BLUE), across],
+                cells[titles[2], name] = ([("dots", (omega @ axes).numpy() / 2, BLUE), across],
                                           f"on noise {row['omega_on_noise'][-1]:.0%}")
             if name not in RULES:
                 continue
             r, _ = radius_and_weight(DIFFUSION.at(t, x_t)[1], cfg)
             u = perturbation(rule, net, x_t, t, r) / r @ frame
-            off = u[:, 2].square().sum() / u.square().sum()
-            row.setdefault("mlp_omega_off_plane", []).append(off.item())
+            off = (u[:, 2].square().sum() / u.square().sum()).item()
+            row.setdefault("mlp_omega_off_plane", []).append(off)
             if level == LEVELS[1]:
-                cells[titles[2], name] = ([("dots", u[:400, [0, 2]].numpy() / 2, BLUE), across],
+                cells[titles[3], name] = ([("dots", u[:400, [0, 2]].numpy() / 2, BLUE), across],
                                           f"off plane {off:.0%}")
         cells[titles[0], name] = gains_cell(row["signal_gain"], row["noise_gain"])
         rows.append(row)
-    return rows, dict(sorted(cells.items(), key=lambda cell: titles.index(cell[0][0])))
+    return rows, cells
 
 
 # ---------- Pictures and tables
 
-PANEL, LEFT, TOP, GAP, CAPTION = 170, 150, 62, 8, 32
+PANEL, LEFT, GAP, CAPTION = 170, 150, 8, 32
+# What every row of toy.json says of how it was made, and no table repeats
+SETTINGS = ("weight", "reading", "training_steps", "samples", "sample_steps")
 
 
 def chart(curves, x_label, y_label):
-    """Layers of a small chart: {name: points (x, y) in [0, 1]^2}, at most two, red then blue."""
+    """Layers of a small chart: {name: points (x, y) in [0, 1]^2}, drawn red, blue and grey."""
     layers = [("lines", np.array([[[-0.85, 0.9], [-0.85, -0.85], [0.95, -0.85]]]), GREY),
               ("text", [(-0.8, 0.98, y_label), (-0.7, -0.86, x_label)], BLACK)]
-    for (name, xy), colour in zip(curves.items(), (RED, BLUE)):
+    for (name, xy), colour in zip(curves.items(), (RED, BLUE, GREY)):
         xy = 1.7 * np.array(xy) - 0.85
         layers += [("lines", xy[None], colour), ("dots", xy, colour),
                    ("text", [(*xy[len(xy) // 2] + [0.05, 0.17], name)], colour)]
@@ -639,15 +680,16 @@ def panel(layers):
     image = Image.new("RGB", (size, size), "white")
     pen = ImageDraw.Draw(image)
 
-    def pixels(xy):
-        # Diverged samples lie far outside, where Pillow's integers would overflow
-        return ((np.array([1, -1]) * np.nan_to_num(xy).clip(-9, 9) + 1) * size / 2).tolist()
+    def pixels(xy, edge=9):
+        # Far outside Pillow's integers would overflow; diverged dots are kept on the frame
+        xy = np.nan_to_num(xy, nan=edge).clip(-edge, edge)
+        return ((np.array([1, -1]) * xy + 1) * size / 2).tolist()
 
     for kind, content, colour in layers:
         if kind == "image":
             image.paste(Image.fromarray(content).resize((size, size), Image.NEAREST))
         elif kind == "dots":
-            for x, y in pixels(content):
+            for x, y in pixels(content, edge=0.99):
                 pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
         elif kind == "lines":
             for line in pixels(content):
@@ -663,16 +705,18 @@ def draw(path, title, cells):
     """Write the cells {(row title, column title): (layers, caption)} as one PNG."""
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     width, height = PANEL + GAP, PANEL + CAPTION + GAP
-    sheet = Image.new("RGB", (LEFT + len(columns) * width, TOP + len(rows) * height), "white")
+    title = textwrap.wrap(title, (LEFT + len(columns) * width) // 9)
+    head = 20 * len(title) + 26
+    sheet = Image.new("RGB", (LEFT + len(columns) * width, head + len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
     small, middle, large = (ImageFont.load_default(size) for size in (12, 14, 16))
-    pen.text((8, 4), textwrap.fill(title, sheet.width // 9), fill="black", font=large)
+    pen.text((8, 4), "\n".join(title), fill="black", font=large)
     for j, column in enumerate(columns):
-        pen.text((LEFT + j * width, TOP - 20), column, fill="black", font=middle)
+        pen.text((LEFT + j * width, head - 20), column, fill="black", font=middle)
     for i, row in enumerate(rows):
-        pen.text((8, TOP + i * height + 8), row, fill="black", font=small)
+        pen.text((8, head + i * height + 8), row, fill="black", font=small)
     for (row, column), (layers, text) in cells.items():
-        left, top = LEFT + columns.index(column) * width, TOP + rows.index(row) * height
+        left, top = LEFT + columns.index(column) * width, head + rows.index(row) * height
         sheet.paste(panel(layers), (left, top))
         pen.text((left + 2, top + PANEL + 1), text, fill="black", font=small)
     # 64 colours are plenty, and a third of the bytes
@@ -681,10 +725,10 @@ def draw(path, title, cells):
 
 
 def table(rows):
-    """Rows of one experiment as a markdown table: mean +- std over the seeds."""
+    """Rows of one experiment as a markdown table: mean +- std over the seeds, a list's largest."""
     keys = [key for key in ("data", "corruption", "n", "lam", "attack", "mode") if key in rows[0]]
     names = [name for name in dict.fromkeys(name for row in rows for name in row)
-             if name not in keys + ["experiment", "seed"]]
+             if name not in keys + ["experiment", "seed", *SETTINGS]]
     groups = {}
     for row in rows:
         groups.setdefault(tuple(str(row[key]) for key in keys), []).append(row)
@@ -693,10 +737,9 @@ def table(rows):
         if name not in group[0]:
             return ""
         values = np.array([row[name] for row in group], dtype=float)
-        if values.ndim > 1:
-            return " / ".join(f"{value:.2f}" for value in values.mean(0))
-        spread = f" +- {values.std(ddof=1):.3f}" if len(group) > 1 else ""
-        return f"{values.mean():.3f}{spread}"
+        digits = 2 if values.ndim > 1 else 3
+        spread = f" +- {values.std(0, ddof=1).max():.{digits}f}" if len(group) > 1 else ""
+        return " / ".join(f"{v:.{digits}f}" for v in np.atleast_1d(values.mean(0))) + spread
 
     lines = [keys + names, ["---"] * len(keys + names)]
     lines += [[*key, *(cell(name, group) for name in names)] for key, group in groups.items()]
@@ -720,7 +763,7 @@ EXPERIMENTS = {
     "attack": (attack, "Sampling while every fifth state is pushed by half a standard deviation of "
                        "its noise: at random, or where it moves the denoised estimate most (pgd)."),
     "why": (why, "Why adversarially train: where does each rule turn omega, and what does the "
-                 "penalty there leave of the denoiser's gains? Wanted: noise 0, signal 1."),
+                 "penalty there let through? Wanted: noise at 0, signal on the grey line."),
 }
 CLEAN = (0.0, 0.0, 0.0)
 CORRUPTIONS = [CLEAN, (0.9, 0.1, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)]
@@ -737,7 +780,8 @@ def plan(args):
     for seed in range(args.seed, args.seed + args.seeds):
         for mode in ["exact", *args.modes]:
             lam = 0.0 if mode in ("exact", "dsm") else args.lam
-            for corruption in args.corruptions:
+            # the exact score has no training: one corruption stands for all
+            for corruption in [args.shown] if mode == "exact" else args.corruptions:
                 for data in ("plane", "mixture"):
                     want(data, data, corruption, mode, lam, seed)
                     if corruption in (CLEAN, args.shown):
@@ -745,26 +789,30 @@ def plan(args):
                 if mode != "exact":
                     want("subspace", "subspace", corruption, mode, lam, seed)
             for n in args.few:
-                want("memorize", "mixture", CLEAN, mode, lam, seed, n)
+                want("memorize", "mixture", args.corruptions[0], mode, lam, seed, n)
+            if mode not in ("exact", "invariant"):
+                want("why", "plane", args.shown, mode, lam, seed)
             for lam in args.lambdas if mode in ("random", "adv") else ():
                 want("plane_lambda", "plane", args.shown, mode, lam, seed)
-        want("why", "plane", args.shown, "dsm", 0.0, seed)
     return runs
 
 
-def work(run, names, args):
-    """Train a run's network and measure it: [(experiment, rows, cells)]. Runs in any process."""
+def work(args, job):
+    """Train a network and measure it: (run, names) -> (run, [(experiment, rows, cells)])."""
+    run, names = job
     torch.set_num_threads(1)
     if run.mode == "exact":
         net = Exact(TRUTHS[run.data](run.seed))
     else:
         net = train(run, training_points(run, args), args)
     head = {"corruption": describe(run.corruption), "mode": run.mode, "seed": run.seed}
+    made = (run.lam, args.reading, training_steps(run, args), args.samples, args.sample_steps)
     results = []
     for name in names:
         rows, cells = EXPERIMENTS[name][0](net, run, args)
-        results.append((name, [{"experiment": name, **head, **row} for row in rows], cells))
-    return results
+        rows = [{"experiment": name, **head, **row, **dict(zip(SETTINGS, made))} for row in rows]
+        results.append((name, rows, cells))
+    return run, results
 
 
 def modes(text):
@@ -772,7 +820,7 @@ def modes(text):
     chosen, known = text.split(","), list(VARIANTS)[1:]
     if not set(chosen) <= set(known):
         raise argparse.ArgumentTypeError(f"{text!r}: modes are {','.join(known)}")
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def parse_args(argv=None):
@@ -787,19 +835,22 @@ def parse_args(argv=None):
     p.add_argument("--outlier_p", type=number(float, 0, 1), help="share of outliers")
     p.add_argument("--reading", choices=list(READINGS), default=Perturbation.reading,
                    help=f"how the radius follows the noise schedule ({Perturbation.reading})")
-    p.add_argument("--lam", type=number(float, 0), default=Perturbation.lam,
+    p.add_argument("--lam", type=number(float, 1e-3), default=Perturbation.lam,
                    help=f"weight lambda ({Perturbation.lam})")
-    p.add_argument("--images", help="subspace: folder of your own images (the embedded shapes)")
-    p.add_argument("--rank", type=number(int, 1, 256), default=16, help="subspace: dimension (16)")
+    p.add_argument("--images", help="subspace: folder of your own images, of which a decoded copy "
+                                    "is kept beside them (the embedded shapes)")
+    p.add_argument("--rank", type=number(int, 1, 64), default=16,
+                   help="subspace: its dimension, 1 to 64 (16)")
     p.add_argument("--steps", type=number(int, 1),
                    help="training steps (2000 on the plane, 1000 elsewhere; 300 if --quick)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="the first seed (0)")
+    p.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="the first seed (0)")
     p.add_argument("--seeds", type=number(int, 1), default=1, help="how many seeds (1)")
     p.add_argument("--quick", action="store_true",
-                   help="short training, few samples, one corruption, no l2 ascent")
-    p.add_argument("--workers", type=number(int, 1), default=os.cpu_count(),
+                   help="short training, few samples and sampling steps, one corruption, no "
+                        "adv_l2x3, fewer lambdas and n")
+    p.add_argument("--workers", type=number(int, 1), default=torch.get_num_threads(),
                    help="processes side by side, one thread each (one a core)")
-    p.add_argument("--out", type=Path, default=Path("out/toy"), help="output folder (out/toy)")
+    p.add_argument("--out", type=Path, help="output folder (out/toy, or out/toy-quick)")
     args = p.parse_args(argv)
 
     if (args.noise_p is None) != (args.noise_std is None):
@@ -812,6 +863,7 @@ def parse_args(argv=None):
     args.modes = args.modes or ["dsm", "random", "adv", *["adv_l2x3"] * (not args.quick),
                                 "invariant"]
     args.steps = args.steps or (300 if args.quick else None)
+    args.out = args.out or Path("out/toy-quick" if args.quick else "out/toy")
     args.samples, args.sample_steps = (600, 50) if args.quick else (3000, 250)
     args.few = (8,) if args.quick else (8, 32, 128)
     args.lambdas = (0.3, 1.0) if args.quick else (0.1, 0.3, 1.0, 3.0)
@@ -825,20 +877,23 @@ def main(argv=None):
     runs = plan(args)
     if any(run.data == "subspace" for run in runs):
         image_subspace(args.images, args.rank)  # a bad folder is told before the work
+    probe = args.out / ".probe"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from error
     begun = time.perf_counter()
     done = {}
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        futures = {pool.submit(work, run, names, args): run for run, names in runs.items()}
-        for future in as_completed(futures):
-            run = futures[future]
-            done[run] = future.result()
+    # leaving the pool ends its processes at once, be it by Ctrl-C, which they ignore
+    with get_context("spawn").Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)
+                                   ) as pool:
+        for run, results in pool.imap_unordered(partial(work, args), runs.items()):
+            done[run] = results
             each = (time.perf_counter() - begun) / len(done)
             print(f"{len(done)}/{len(runs)}  {run.data}, {describe(run.corruption)}, {run.mode}, "
-                  f"lambda {run.lam}, n {run.n:,}, seed {run.seed}  {each:.1f} s/network  "
+                  f"lambda {run.lam}, seed {run.seed}  {each:.1f} s/network  "
                   f"ETA {duration(each * (len(runs) - len(done)))}", flush=True)
 
     rows, cells = {}, {}
@@ -847,20 +902,13 @@ def main(argv=None):
             rows.setdefault(name, []).extend(found)
             if run.seed == args.seed:
                 cells.setdefault(name, {}).update(drawn)
+    text = json.dumps([row for found in rows.values() for row in found], indent=1)
+    write_atomically(args.out / "toy.json", lambda temporary: temporary.write_text(text + "\n"))
     for name in [name for name in EXPERIMENTS if name in rows]:
         print(f"\n{name}; lists are at t = {' / '.join(map(str, LEVELS))}\n{table(rows[name])}")
         if name == "plane_lambda":
-            curves = {}
-            for row in rows[name]:
-                if row["seed"] == args.seed:
-                    curves.setdefault(row["mode"], []).append(
-                        (row["off_plane_rms"] / 0.2, (row["in_plane_std_ratio"] - 0.4) / 0.7))
-            cells[name][VARIANTS[row["mode"]][2], "curves over lambda"] = (
-                chart(curves, "off-plane rms, 0 to .2", "std ratio, .4 to 1.1"),
-                "best: left and high,\nat the height of 1")
+            cells[name].update(lambda_cell(rows[name]))
         draw(args.out / f"{name}.png", EXPERIMENTS[name][1], cells[name])
-    text = json.dumps([row for found in rows.values() for row in found], indent=1)
-    write_atomically(args.out / "toy.json", lambda temporary: temporary.write_text(text + "\n"))
     print(f"\n{sum(map(len, rows.values()))} rows in {args.out / 'toy.json'}, a picture of each "
           f"experiment beside it, {duration(time.perf_counter() - begun)}")
 

@@ -2,18 +2,19 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import toy
+from conftest import script
 from losses import Perturbation
+from model import UserError
 
 ROOT = Path(toy.__file__).parent
 NOISE_LEVELS = [(0.9999**0.5, 0.01), (0.8**0.5, 0.2**0.5), (0.01, 0.9999**0.5)]
@@ -21,12 +22,6 @@ NOISE_LEVELS = [(0.9999**0.5, 0.01), (0.8**0.5, 0.2**0.5), (0.01, 0.9999**0.5)]
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def command(*flags):
-    """Run toy.py as a user does; one process, so that no pool is started."""
-    return subprocess.run([sys.executable, "toy.py", *map(str, flags)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
 
 
 def level(sqrt_a, s):
@@ -92,7 +87,7 @@ def test_the_plane_is_oblique_and_its_own_for_each_seed():
     frames = [toy.plane(seed).frame for seed in range(20)]
     for frame in frames:
         assert torch.allclose(frame @ frame.T, torch.eye(3), atol=1e-6)
-        assert frame[:, 2].abs().max() <= 0.9
+        assert frame[:, 2].abs().max() <= toy.OBLIQUE
     assert len({tuple(frame[:, 2].tolist()) for frame in frames}) == 20
 
 
@@ -157,9 +152,13 @@ def test_subspace_figures_of_a_known_leak():
     assert figures["mean_angle"] == pytest.approx(45, abs=0.1)
 
 
-def test_images_lie_in_their_subspace():
+def test_images_lie_in_the_subspace_of_largest_variance():
     x, mean, basis = toy.image_subspace(None, 16)
     assert torch.allclose(basis.T @ basis, torch.eye(16), atol=1e-4)
+    pixels = torch.from_numpy(np.array(toy.shapes(6000, 16, 1, 0))).float().flatten(1) / 127.5 - 1
+    variances = torch.linalg.eigvalsh(pixels[:4000].T.cov()).flip(0)
+    # all of the variance that any 16 directions can hold, and the data has no more
+    assert x[:4000].var(0).sum() == pytest.approx(variances[:16].sum().item(), rel=1e-3)
     assert toy.subspace_figures(x, mean, basis, x)["outside_share"] < 1e-6
 
 
@@ -171,7 +170,10 @@ def test_copied_share():
 
 def test_against_truth_of_the_exact_net_and_of_zero():
     truth = toy.plane(0)
-    assert max(toy.against_truth(toy.Exact(truth), truth, 0)["score_error"]) == 0
+    best = toy.against_truth(toy.Exact(truth), truth, 0)
+    assert max(best["score_error"]) == 0
+    # at the lowest level only the normal direction is known to be 0: two coordinates are left
+    assert best["reconstruction_rms"][0] == pytest.approx(2**0.5 * 0.078, rel=0.05)
     zero = toy.Linear(torch.zeros(3, 3))
     figures = toy.against_truth(zero, truth, 0)
     assert figures["score_error"] == pytest.approx([1] * 4)
@@ -227,20 +229,79 @@ def test_ascent_finds_the_noise_and_the_residual_the_signal():
     assert share["residual l2 x3"] < 0.2
 
 
-def test_attack_rows_and_the_same_trajectories_without_one():
-    args = SimpleNamespace(samples=150, sample_steps=10, shown=None)
-    run = toy.Run("plane", toy.CLEAN, "exact", 0.0, 0)
-    rows, _ = toy.attack(toy.Exact(toy.plane(0)), run, args)
-    moved = {row["attack"]: row["wasserstein_to_unattacked"] for row in rows}
-    assert list(moved) == list(toy.ATTACKS) and moved.pop("none") == 0
-    assert all(0.01 < distance < 0.5 for distance in moved.values())
+SETTINGS = SimpleNamespace(samples=600, sample_steps=20, shown=None, steps=300, reading="sigma",
+                           lam=0.3, images=None, rank=16)
+
+
+def test_attack_moves_a_network_further_than_chance():
+    # eps_theta = K x with an oblique direction: nothing is denoised along it, all across it
+    direction = F.normalize(torch.tensor([[1.0, 2.0, 2.0]]), dim=1)
+    net = toy.Linear(torch.eye(3) - 0.9 * direction.T @ direction)
+    run = toy.Run("plane", toy.CLEAN, "dsm", 0.0, 0)
+    moved = {row["attack"]: row["moved_wasserstein"] for row in toy.attack(net, run, SETTINGS)[0]}
+    assert list(moved) == list(toy.ATTACKS) and moved["none"] == 0 < moved["none, other noise"]
+    assert moved["pgd l2"] > 1.2 * moved["random l2"]
+    assert moved["pgd linf"] > 1.2 * moved["random linf"]
+
+
+def test_diverged_samples_are_bad_ones():
+    for k in (-1e6, math.nan):
+        x = toy.generate(toy.Linear(k * torch.eye(3)), (10, 3), 20, 0)
+        assert toy.plane_figures(x, 0)["off_plane_rms"] > 1000
+
+
+def test_training_points_are_corrupted_as_the_run_says():
+    run = toy.Run("plane", (0.9, 0.2, 0.0), "dsm", 0.0, 3)
+    off_plane = toy.training_points(run, SETTINGS) @ toy.plane(3).frame[:, 2]
+    assert off_plane.std().item() == pytest.approx(0.2 * 0.9**0.5, rel=0.03)
+    run = toy.Run("subspace", (0.0, 0.0, 1.0), "dsm", 0.0, 3)
+    images = toy.training_points(run, SETTINGS)
+    assert images.abs().max() <= 1 and images.std().item() == pytest.approx(3**-0.5, rel=0.01)
+
+
+def test_modes_and_weights_do_what_they_are_for():
+    """Short training on the noisy plane: adversarial cleans more than random, more than none."""
+    off_plane = {}
+    for mode, lam in (("dsm", 0.0), ("random", 0.3), ("adv", 0.3), ("adv", 0.01)):
+        run = toy.Run("plane", (0.9, 0.2, 0.0), mode, lam, 1)
+        net = toy.train(run, toy.training_points(run, SETTINGS), SETTINGS)
+        x = toy.generate(net, (600, 3), 50, 1)
+        off_plane[mode, lam] = toy.plane_figures(x @ toy.plane(1).frame, 1)["off_plane_rms"]
+    assert off_plane["adv", 0.3] < 0.6 * off_plane["random", 0.3]
+    assert off_plane["random", 0.3] < 0.85 * off_plane["dsm", 0.0]
+    assert off_plane["adv", 0.3] < 0.7 * off_plane["adv", 0.01]
+
+
+def test_why_knows_signal_from_noise():
+    frame = toy.plane(0).frame
+    # C = I - s K: at the second level s = .2, signal .9 and noise .3
+    K = frame @ torch.tensor([0.1, 0.1, 0.7]).diag() @ frame.T / toy.DIFFUSION.s[60]
+    rows, _ = toy.why(toy.Linear(K), toy.Run("plane", (0.9, 0.2, 0.0), "adv", 0.3, 0), SETTINGS)
+    assert rows[0]["signal_gain"][1] == pytest.approx(0.9, abs=1e-4)
+    assert rows[0]["noise_gain"][1] == pytest.approx(0.3, abs=1e-4)
+    rows, _ = toy.why(toy.Linear(K), toy.Run("plane", (0.9, 0.2, 0.0), "dsm", 0.0, 0), SETTINGS)
+    rows = {row["mode"]: row for row in rows}
+    assert rows["dsm"]["signal_gain"][1] > 0.85 > 0.5 > rows["dsm"]["noise_gain"][1]
+    assert rows["l2 x3"]["mlp_omega_off_plane"][1] > 0.9 > 0.1 > (
+        rows["residual l2 x3"]["mlp_omega_off_plane"][1])
+    assert rows["sign x1"]["omega_on_noise"][1] > 0.8
+    assert rows["sign x3, not turned"]["omega_on_noise"][1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_memorize_of_the_exact_score():
+    run = toy.Run("mixture", toy.CLEAN, "exact", 0.0, 0, 8)
+    rows, _ = toy.memorize(toy.Exact(toy.mixture(0)), run, SETTINGS)
+    assert rows[0]["heldout_error_ratio"] == pytest.approx([1.0] * 4)
+    # it never saw the 8 points: as near to them as fresh draws are
+    assert rows[0]["copied_share"] == pytest.approx(rows[0]["fresh_draws_share"], abs=0.06)
+    assert 0 < rows[0]["fresh_draws_share"] < 0.5
 
 
 def test_table_means_and_spread():
     rows = [{"experiment": "e", "corruption": "clean", "mode": "adv", "seed": seed,
              "x": value, "list": [value, 1.0]} for seed, value in enumerate((1.0, 3.0))]
     line = toy.table(rows).splitlines()[2]
-    assert "2.000 +- 1.414" in line and "2.00 / 1.00" in line and "seed" not in line
+    assert line == "| clean | adv | 2.000 +- 1.414 | 2.00 / 1.00 +- 1.41 |"
 
 
 def test_picture_has_every_cell_and_survives_divergence(tmp_path):
@@ -251,9 +312,10 @@ def test_picture_has_every_cell_and_survives_divergence(tmp_path):
              for row in "ab" for column in "xyz"}
     toy.draw(tmp_path / "p.png", "title", cells)
     image = Image.open(tmp_path / "p.png").convert("RGB")
+    head = 46  # a title of one line, and the columns'
     assert image.size == (toy.LEFT + 3 * (toy.PANEL + toy.GAP),
-                          toy.TOP + 2 * (toy.PANEL + toy.CAPTION + toy.GAP))
-    centre = image.getpixel((toy.LEFT + toy.PANEL // 2, toy.TOP + toy.PANEL // 2))
+                          head + 2 * (toy.PANEL + toy.CAPTION + toy.GAP))
+    centre = image.getpixel((toy.LEFT + toy.PANEL // 2, head + toy.PANEL // 2))
     assert centre[2] > 150 > centre[0]
 
 
@@ -264,7 +326,7 @@ EXPECTED = {"plane": {"plane", "plane_lambda"}, "mixture": {"mixture"}, "subspac
 @pytest.mark.parametrize("experiment", EXPECTED)
 def test_each_experiment_runs(experiment, tmp_path):
     modes = "random,adv" if experiment == "plane" else "adv"
-    result = command(experiment, "--quick", "--steps", 3, "--workers", 1, "--modes", modes,
+    result = script("toy.py", experiment, "--quick", "--steps", 3, "--workers", 1, "--modes", modes,
                      "--seed", 1, "--out", tmp_path / "o")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"output {tmp_path / 'o'}")
@@ -276,6 +338,7 @@ def test_each_experiment_runs(experiment, tmp_path):
         assert f"\n{name};" in result.stdout
     if experiment == "plane":
         assert {"exact", "random", "adv"} == {row["mode"] for row in rows}
+        assert {(row["training_steps"], row["reading"]) for row in rows} == {(3, "sigma")}
         assert {"off_plane_rms", "in_plane_std_ratio", "sliced_wasserstein"} <= rows[0].keys()
 
 
@@ -285,7 +348,8 @@ def test_each_experiment_runs(experiment, tmp_path):
     (["plane", "--noise_p", "0.9"], "noise_std"),
     (["plane", "--noise_p", "1.5", "--noise_std", "0.2"], "1.5"),
     (["subspace", "--images", "no/such/folder"], "no/such/folder"),
-    (["plane", "--out", "toy.py"], "toy.py"),
+    (["plane", "--out", str(ROOT / "toy.py")], "toy.py"),
+    (["plane", "--seed", "99999999999999999999"], "--seed"),
 ])
 def test_mistakes_end_in_one_line(flags, word, capsys):
     with pytest.raises(SystemExit) as end:
@@ -294,6 +358,17 @@ def test_mistakes_end_in_one_line(flags, word, capsys):
     assert end.value.code == 2 and error.count("\n") == 1 and word in error
 
 
+def test_too_few_images_of_ones_own(tmp_path):
+    Image.new("L", (16, 16)).save(tmp_path / "one.png")
+    with pytest.raises(UserError, match="1 images, 1000 are needed"):
+        toy.main(["subspace", "--images", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mode_named_twice_is_one_mode():
+    assert toy.parse_args(["--modes", "adv,dsm,adv"]).modes == ["adv", "dsm"]
+
+
 def test_a_mistake_on_the_command_line():
-    result = command("--steps", "0")
+    result = script("toy.py", "--steps", "0")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--steps" in result.stderr
