@@ -511,6 +511,30 @@ class Objective(nn.Module):
         return self.loss(self.net, self.diffusion, x0, t, eps, self.perturbation)
 
 
+def update(objective, parts, weights, averages, optimizer, scaler, autocast, grad_clip, decay):
+    """One optimiser step on the sum of parts, x0 (B, C, H, W) each, and the EMA's.
+
+    Returns {"loss": ..., the objective's figures, "grad_norm": ...}, scalars on the device: to
+    read one would wait for it.
+    """
+    total = {}
+    for i, x0 in enumerate(parts):
+        objective.require_backward_grad_sync = i == len(parts) - 1
+        with autocast:
+            loss, figures = objective(x0)
+        scaler.scale(loss / len(parts)).backward()
+        for name, value in {"loss": loss.detach(), **figures}.items():
+            total[name] = total.get(name, 0) + value / len(parts)
+    scaler.unscale_(optimizer)
+    total["grad_norm"] = nn.utils.clip_grad_norm_(weights, grad_clip or math.inf).detach()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    return total
+
+
 def main(argv=None):
     """Entry point; see the module's docstring."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -646,23 +670,11 @@ def main(argv=None):
             x0 = torch.where(flipped, x0.flip(-1), x0)
         x0 = x0.contiguous(memory_format=torch.channels_last)
 
-        row = 0
-        for i, part in enumerate(x0.chunk(cfg.accum)):
-            objective.require_backward_grad_sync = i == cfg.accum - 1
-            with autocast:
-                loss, figures = objective(part)
-            scaler.scale(loss / cfg.accum).backward()
-            row = row + torch.stack([loss.detach(), *figures.values()]) / cfg.accum
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         # the decay ramps up, so that a short run's average is not one of its first weights
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        recent.append(torch.cat([row, norm.detach()[None]]))
+        figures = update(objective, x0.chunk(cfg.accum), weights, averages, optimizer, scaler,
+                         autocast, cfg.grad_clip, decay)
+        recent.append(torch.stack(list(figures.values())))
         step += 1
 
         if world == 1:
@@ -693,11 +705,11 @@ def main(argv=None):
         if logs:
             spent = (time.perf_counter() - mark) / len(recent)
             means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
-            row = dict(zip(["loss", *figures, "grad_norm"], means))
+            row = dict(zip(figures, means))
             row = {"step": step, **row, "img_s": cfg.batch_size / spent, "s_step": spent,
                    "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
             say(f"step {step:,}/{cfg.steps:,}  "
-                + "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *figures, "grad_norm"))
+                + "  ".join(f"{name} {row[name]:.4f}" for name in figures)
                 + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
                 f"  ETA {duration(row['eta_s'])}", flush=True)
             if lead:
