@@ -90,7 +90,7 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
 
 
 # The first word of every seed, so that no two uses of randomness share a stream
-INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES = range(1, 8)
+INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, ATTACK, FIXED_BATCH = range(1, 10)
 
 
 def mix(*numbers):
@@ -98,13 +98,13 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def image_noise(seed, indices, shape, device):
-    """Noise for `sample`: a generator of its own for each image, seeded by (seed, index).
+def image_noise(seed, indices, shape, device, use=IMAGE):
+    """Noise for `sample`: a generator of its own for each image, seeded by (use, seed, index).
 
     Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
     arguments -> (len(indices), *shape) on `device`.
     """
-    generators = [torch.Generator().manual_seed(mix(IMAGE, seed, k)) for k in indices]
+    generators = [torch.Generator().manual_seed(mix(use, seed, k)) for k in indices]
 
     def draw():
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -236,6 +236,21 @@ def weights_hash(net):
     return digest.hexdigest()[:16]
 
 
+def load_run(path, device, raw=False):
+    """A trained model to draw from: (net, its Diffusion, its config, where the weights are from).
+
+    Raises UserError as `load_model`, or when the config has no noise schedule.
+    """
+    net, config, step = load_model(path, device, ema=not raw)
+    try:
+        diffusion = Diffusion(config["T"], config["schedule"], device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no noise schedule in its config") from error
+    return net, diffusion, config, {"run": str(path), "step": step,
+                                    "weights": "raw" if raw else "EMA",
+                                    "weights_sha256": weights_hash(net)}
+
+
 def claim_folder(out, provenance, overwrite):
     """Check that the images in `out` were drawn as `provenance` says, or clear them; write it."""
     note = out / "samples.json"
@@ -273,24 +288,17 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
     rank, _, world, device = setup(args.device)
-    net, config, step = load_model(args.run, device, ema=not args.raw)
-    try:
-        diffusion = Diffusion(config["T"], config["schedule"], device)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{args.run}: no noise schedule in its config") from error
+    net, diffusion, config, origin = load_run(args.run, device, args.raw)
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
     run = Path(args.run)
     out = args.out or (run if run.is_dir() else run.parent) / "samples"
-    provenance = {
-        "run": str(args.run), "step": step, "weights": "raw" if args.raw else "EMA",
-        "weights_sha256": weights_hash(net), "num": args.num, "sampler": args.sampler,
-        "steps": args.steps, "spacing": args.spacing, "seed": args.seed,
-    }
+    provenance = {**origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
+                  "spacing": args.spacing, "seed": args.seed}
     if rank == 0:
         print(f"output {out}")
-        print(f"{provenance['weights']} weights of step {step}, {args.sampler} {args.steps} steps "
-              f"({args.spacing}), {args.num} images on {world} x {device.type}", flush=True)
+        print(f"{origin['weights']} weights of step {origin['step']}, {args.sampler} {args.steps} "
+              f"steps ({args.spacing}), {args.num} images on {world} x {device.type}", flush=True)
         claim_folder(out, provenance, args.overwrite)
     if world > 1:
         start_group(device)
