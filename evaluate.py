@@ -31,52 +31,12 @@ from sample import (ATTACK, Parser, attacker, denoise_step, draw, extract, first
                     full_precision, gather, image_noise, load_run, model_shape, number,
                     residual_noise, save_grid, save_npz, setup, start_group, ticker,
                     write_atomically)
-from train import (DATASETS, alarm_times, choose_corruption, find_source, load_images, overfit,
-                   training_images)
+from train import (DATASETS, alarm_times, choose_corruption, find_source, load_as_is, load_images,
+                   overfit, same_kind, training_images)
 
 # ---------- Images: uint8 arrays (N, C, H, W), memory-mapped where they come from files
 
 CACHE = "out/cache"
-
-
-def same_kind(name, shape, other, wanted):
-    """Raise UserError unless two image shapes (C, H, W) are the same."""
-    if tuple(shape) != tuple(wanted):
-        a, b = (f"{w}x{h} {'grey' if c == 1 else 'RGB'}" for c, h, w in (shape, wanted))
-        raise UserError(f"{name} is {a}, {other} {b}: they must be of one size and colour")
-
-
-def open_images(path, args):
-    """The images of a folder, a zip, or an npz (arr_0, uint8 NHWC, as sample.py writes it).
-
-    Decoded ones are cached in --cache_dir. Raises UserError, naming the file, for one that is
-    missing, damaged, of floats, not square, or not of the first one's size and colour.
-    """
-    path = name = Path(path)
-    kind, items = None, []
-    try:
-        if path.suffix == ".npz":
-            array = np.load(path)["arr_0"]
-            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-                raise ValueError(f"arr_0 is {array.dtype} {array.shape}, not uint8 (N, H, W, C)")
-            return array.transpose(0, 3, 1, 2)
-        files, reader = find_source("folder", path, "train")
-        items, read = reader(files)
-        for name in items:
-            image = read(name)
-            if image.mode == "F":
-                raise ValueError("its values are floats, not 8 bits")
-            shape = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
-            kind = kind or shape
-            same_kind(name, shape, items[0], kind)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"{name}: not readable as images ({error})") from error
-    if kind is None or kind[1] != kind[2]:
-        raise UserError(f"{items[0]} is not square" if items else f"no images in {path}")
-    cache = args.cache_dir or CACHE
-    return first_here(args, lambda: load_images("folder", kind[1], kind[0], path, cache))
 
 
 def open_reference(name, args, shape, config=None, split="train", label="reference"):
@@ -99,7 +59,7 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
         images = first_here(args, lambda: load_images(name, *shape[1::-1], folder, cache, split))
         name = f"{name} {split}"
     else:
-        images = open_images(name, args)
+        images = first_here(args, lambda: load_as_is(name, args.cache_dir or CACHE))
     same_kind(name, images.shape[1:], "the sample", shape)
     images = images[:args.reference_num]
     args.about.update({label: name, f"{label}_num": len(images)})
@@ -114,7 +74,7 @@ def open_samples(args):
         args.about["num"] = args.num = args.num or 50_000
         args.about.update(run[3])
         return draw(run, args, "drawing", args.steps, args.sampler, args.spacing), run[2]
-    images = open_images(path, args)[:args.num]
+    images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))[:args.num]
     # how they were drawn, if sample.py did; the flags did not
     note = {name: None for name in DRAW}
     with contextlib.suppress(OSError, ValueError):
@@ -133,7 +93,7 @@ def load_features(args):
             "dinov2": lambda: (first_here(args, DINOv2), "DINOv2 ViT-L/14")}
     name = args.features
     net, args.about["features"] = nets.get(name, lambda: load_torchscript(name))()
-    net = net.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = net.to(args.device, memory_format=torch.channels_last).eval()
 
     def look(x, index):
         try:
@@ -151,9 +111,14 @@ def load_features(args):
     return look
 
 
-# ---------- Distances between the rows of two arrays, in blocks
+# ---------- Features (N, d) in blocks of rows
 
 ROWS, COLUMNS = 4096, 8192
+
+
+def mean_of(rows):
+    """Mean (d,) in float64."""
+    return sum(block.double().sum(0) for block in rows.split(ROWS)) / len(rows)
 
 
 @full_precision()
@@ -177,8 +142,8 @@ def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
             row = b.square().sum(1) - minus[j:j + COLUMNS].to(b)
             new = torch.addmm(row[None], a, b.T, alpha=-2)
             if same:
-                own = torch.arange(max(i, j), max(j, min(i + len(a), j + len(b))), device=device)
-                new[own - i, own - j] = math.inf
+                low, high = max(i, j), min(i + len(a), j + len(b))
+                new[range(low - i, high - i), range(low - j, high - j)] = math.inf
             new, at = new.topk(min(k + 4, len(b)), largest=False)
             value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
         value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
@@ -193,16 +158,14 @@ def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
     return torch.cat(values), torch.cat(indices)
 
 
-# ---------- Metrics on features
+# ---------- Metrics
 
 
-def moments(features):
+def moments(rows):
     """Mean (d,) and covariance (d, d), N - 1 in its denominator, of (N, d), in float64."""
-    mean, cov = features.double().mean(0), 0
-    for block in features.split(ROWS):
-        block = block.double() - mean
-        cov = cov + block.T @ block
-    return mean, cov / (len(features) - 1)
+    mean = mean_of(rows)
+    cov = sum((block.double() - mean).T @ (block.double() - mean) for block in rows.split(ROWS))
+    return mean, cov / (len(rows) - 1)
 
 
 def frechet(mean1, cov1, mean2, cov2):
@@ -245,27 +208,6 @@ def kid(fake, real, subsets=100, size=1000, seed=2020):
     return float(np.mean(values)), float(np.std(values))
 
 
-NEAREST = 3
-
-
-def radii(rows, args, title):
-    """Distance of each row to the 3rd nearest other one: the ball it stands for (N,), float64."""
-    centre = rows.mean(0)
-    return neighbours(rows, rows, NEAREST, lambda x: x - centre.to(x), args, f"{title}: radii",
-                      same=True)[0][:, -1].sqrt()
-
-
-def inside(some, others, args, title):
-    """Share of `some` rows inside a ball of `others`, edge included (Kynkaanniemi et al. 2019).
-
-    Precision: of generated rows in the balls of real ones. Recall: the other way round.
-    """
-    balls, centre = others["radii"], others["mean"].float()
-    margin, at = neighbours(some["features"], others["features"], 1, lambda x: x - centre.to(x),
-                            args, title, radii=balls)
-    return (margin <= 1e-6 * balls[at].square()).double().mean().item()
-
-
 @contextlib.contextmanager
 def writing(path):
     """Make a file's folder; a UserError if that, or what follows, cannot be written."""
@@ -281,24 +223,27 @@ def describe(images, look, args, title, keep=False):
 
     look: of `load_features`.  keep: cache it, keyed by the images' content and the network.
     """
-    digest = hashlib.sha256(f"{args.about['features']} {images.shape} {NEAREST}".encode())
+    digest = hashlib.sha256(repr(images.shape).encode())
     for i in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[i:i + 1000]))
+    args.about.setdefault("sha256", {})[title] = digest.hexdigest()[:16]
+    digest.update(args.about["features"].encode())
     path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
     # the first process decides for all
     found = torch.tensor([keep and path.exists()])
-    if gather(found, args.world, args.world, args.device)[0]:
+    found = gather(found, args.world, args.world, args.device)[0]
+    rows, *logits = (None,) if found else extract(images, look, args, title)
+    if args.rank:
+        return {}
+    if found:
         try:
             with np.load(path) as file:
                 return {name: torch.from_numpy(file[name]) for name in file}
         except Exception as error:  # a damaged file may raise anything
             raise UserError(f"{path} is damaged: delete it, and it is made anew") from error
-    rows, *logits = extract(images, look, args, title)
-    if args.rank:
-        return {}
     mean, cov = moments(rows)
     centred = functools.partial(torch.sub, other=mean.float().to(args.exact))
-    nearest = neighbours(rows, rows, NEAREST, centred, args, f"{title}: radii", same=True)[0]
+    nearest = neighbours(rows, rows, 3, centred, args, f"{title}: radii", same=True)[0]
     stats = {"features": rows, "mean": mean, "cov": cov, "radii": nearest[:, -1].sqrt(),
              "residual_noise": torch.tensor(residual_noise(images), dtype=torch.float64)}
     if keep:
@@ -365,6 +310,8 @@ def few_steps(args):
     """The quality figures for each number of sampling steps, sampler and spacing."""
     run = load_run(args.run, args.device, args.raw)
     args.about.update(run[3])
+    if min(args.steps) > run[1].T:
+        raise UserError(f"--steps {min(args.steps)}: the model was trained with T = {run[1].T}")
     score, rows = scorer(args, model_shape(run[2]), run[2]), []
     for sampler, spacing, steps in itertools.product(args.sampler, args.spacing, args.steps):
         if steps > run[1].T:
@@ -417,18 +364,20 @@ def memorization(args):
     held = args.holdout and open_reference(args.holdout, args, images.shape[1:], split="test",
                                            label="holdout")
     look, width = load_features(args), 2 * math.ceil(3 * args.blur) + 1
-    sets = {"samples": images, "blurred": images, "held out": held}
-    (base,) = extract(train, lambda x, i: look(x, i)[:1], args, "training set")
-    sets = {name: extract(some, lambda x, i: look(
-        gaussian_blur(x, width, args.blur) if name == "blurred" else x, i)[:1], args, name)[0]
-        for name, some in sets.items() if some is not None}
+
+    def blurred(x, index):
+        return look(gaussian_blur(x, width, args.blur), index)
+
+    sets = {"training set": (train, look), "samples": (images, look), "blurred": (images, blurred)}
+    sets |= {"held out": (held, look)} if args.holdout else {}
+    sets = {name: extract(*some, args, name)[0] for name, some in sets.items()}
+    base = sets.pop("training set")
     if args.rank:
         return []
     _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
     args.about["duplicates_left_out"] = len(train) - len(once)
     base, pixels, rows = base[once], args.features == "pixels", []
-    mean = sum(block.double().sum(0) for block in base.split(ROWS)) / len(base)
-    mean = mean.float().to(args.exact)
+    mean = mean_of(base).float().to(args.exact)
 
     def centred(x):
         return (x - mean) / (127.5 if pixels else 1)
@@ -521,18 +470,6 @@ def listed(kind, *choices):
     return parse
 
 
-def listed(kind, *choices):
-    """An argparse type: values with commas between, each parsed by `kind`, or one of `choices`."""
-
-    def parse(text):
-        values = [kind(part) for part in text.split(",")]
-        if choices and not set(values) <= set(choices):
-            raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(choices)}")
-        return values
-
-    return parse
-
-
 # name: (default, type, list of choices or None for a switch, help)
 FLAGS = {
     "reference": (None, str, "a data set of train.py, a folder, zip, or npz; None: the run's own"),
@@ -552,7 +489,7 @@ FLAGS = {
     "norm": ("l2", ["l2", "linf"], "the attack's ball"),
     "budget": (0.5, positive, "its radius in units of s_t, a root mean square or largest element"),
     "attack_steps": (5, whole, "ascent steps"),
-    "share": (0.5, number(float, 0, 1), "of the sampling steps that is attacked, evenly spread"),
+    "share": (0.5, number(float, 1e-9, 1), "of the sampling steps that is attacked, evenly spread"),
     "eot": (0, number(int, 0), "attack D after the next step, mean over so many noises; 0: D now"),
     "surrogate": (None, str, "second run, to attack through as well (transfer)"),
     "blur": (1.0, positive, "std of the blurred control, in pixels"),

@@ -167,8 +167,8 @@ def residual_noise(images):
     """
     counts = torch.zeros(8 * BINS, dtype=torch.long)
     for i in range(0, len(images), 1000):
-        x = torch.from_numpy(np.array(images[i:i + 1000]))
-        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+        x = images[i:i + 1000]
+        x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x)).float() / 127.5 - 1
         a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
                       for i in (0, 1) for j in (0, 1))
         index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
