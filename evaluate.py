@@ -61,7 +61,7 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
     else:
         images = first_here(args, lambda: load_as_is(name, args.cache_dir or CACHE))
     same_kind(name, images.shape[1:], "the sample", shape)
-    images = images[:args.reference_num]
+    images = images[:args.reference_num if label == "reference" else None]
     args.about.update({label: name, f"{label}_num": len(images)})
     return images
 

@@ -13,9 +13,10 @@ from torch import nn
 
 import evaluate
 from conftest import TINY, script
-from losses import Diffusion, Perturbation
+from losses import Denoiser, Diffusion, Perturbation
 from model import Inception, UserError, load_inception, random_inception
-from sample import attacker, extract, load_run, residual_noise, sample
+from sample import (NextLook, attacker, denoise_step, extract, image_noise, load_run,
+                    residual_noise, sample)
 from train import overfit
 
 HERE = SimpleNamespace(rank=0, local=0, world=1, device=torch.device("cpu"), batch_size=3,
@@ -111,12 +112,14 @@ def test_kid_is_unbiased():
 
 def described(rows):
     near = evaluate.neighbours(rows, rows, 3, lambda x: x, HERE, "", same=True)[0]
-    return {"features": rows, "mean": rows.double().mean(0), "radii": near[:, -1].sqrt()}
+    mean, cov = evaluate.moments(rows)
+    return {"features": rows, "mean": mean, "cov": cov, "radii": near[:, -1].sqrt(),
+            "logits": None, "residual_noise": torch.zeros(())}
 
 
 def precision_recall(fake, real):
-    fake, real = described(fake), described(real)
-    return evaluate.inside(fake, real, HERE, ""), evaluate.inside(real, fake, HERE, "")
+    found = evaluate.figures(described(fake), described(real), HERE)
+    return found["precision"], found["recall"]
 
 
 def test_precision_and_recall_on_manifolds_and_not_swapped():
@@ -491,9 +494,34 @@ def test_attacker_uses_its_own_noise_and_beats_chance(norm, eot):
         x = sample(net, diffusion, lambda: g, "ddim", 10, perturb=watched)
         moved[steps] = (x - clean).square().mean().item()
         assert sum(pushed for _, pushed in times) == 5 and len(times) == 10
+        if steps == 0 and norm == "l2":
+            # not the sampler's own stream, whose first draw is x_T
+            y = attacker(net, 0, diffusion, shape, args, norms)(range(64))(g, times[1][0])
+            own = image_noise(0, range(64), shape, "cpu")()
+            assert (nn.functional.cosine_similarity((y - g).flatten(1), own.flatten(1)) < 0.9).any()
         # what a float32 state keeps of a push near the end
         assert torch.allclose(norms, torch.tensor(0.2), rtol=5e-3)
+    if eot:
+        args.eot = 0
+        now = attacker(net, 3, diffusion, shape, args, norms)(range(64))(g, times[1][0])
+        args.eot = eot
+        later = attacker(net, 3, diffusion, shape, args, norms)(range(64))(g, times[1][0])
+        assert not torch.allclose(now, later)
     assert moved[3] > (1.1 if norm == "l2" else 1) * moved[0] > 0
+
+
+def test_next_look_is_the_mean_denoised_image_after_the_step():
+    net, diffusion = Stretch(), Diffusion()
+    x = torch.randn(3, 1, 1, 2, generator=torch.Generator().manual_seed(0)) / 4
+    noises = [torch.full_like(x, value) for value in (-1.0, 2.0)]
+    view = NextLook(net, diffusion, {500: 300, 20: -1}, "ddpm", noises)
+    denoiser = Denoiser(net, diffusion)
+    looks = [denoiser(denoise_step(net, diffusion, x, 500, 300, "ddpm", lambda: noise),
+                      torch.full((3,), 300)) for noise in noises]
+    torch.testing.assert_close(view(x, torch.full((3,), 500)), sum(looks) / 2)
+    assert not torch.allclose(looks[0], looks[1])
+    last = denoise_step(net, diffusion, x, 20, -1, "ddpm", None)
+    torch.testing.assert_close(view(x, torch.full((3,), 20)), last)
 
 
 def test_steps(run, pictures, measure, capsys):
@@ -513,9 +541,12 @@ def test_memorization_finds_copies(pictures, measure, tmp_path):
     rng = np.random.default_rng(1)
     train = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     train[30] = train[2]
+    held = rng.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8)
     samples = rng.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
     samples[::2] = train[[2, 3, 5, 7, 11, 13]]
-    held = rng.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8)
+    # a mixture of a training image and another: d1 / d2 is .28 or .4
+    for i, share in ((1, 0.25), (3, 0.35)):
+        samples[i] = np.round((1 - share) * train[20 + i] + share * held[i])
     for name, images in (("train", train), ("samples", samples), ("held", held)):
         np.savez(tmp_path / f"{name}.npz", images)
     for features in ("pixels", pictures / "small.pt"):
@@ -527,9 +558,10 @@ def test_memorization_finds_copies(pictures, measure, tmp_path):
         assert found["provenance"]["duplicates_left_out"] == 1
         assert rows["held out"]["n"] == 15
         if features == "pixels":
-            assert rows["samples"]["copied"] == 0.5 and rows["samples"]["> 0.9"] == 0.5
+            assert rows["samples"]["copied"] == pytest.approx(7 / 12)
+            assert rows["samples"]["> 0.99"] == 0.5
             assert rows["held out"]["copied"] == rows["blurred"]["> 0.99"] == 0
-            assert rows["held out"]["similar 99%"] < 0.9
+            assert rows["held out"]["similar 99%"] < 0.4
     picture = np.array(Image.open(tmp_path / "pairs.png"))
     # the first two tiles, a sample and its training image, are alike
     assert picture.shape[1] == 8 * 50 + 2
