@@ -1,5 +1,6 @@
-"""The DDPM U-Net (Ho et al. 2020) and the half of a checkpoint that rebuilds it."""
+"""The DDPM U-Net (Ho et al. 2020), the half of a checkpoint that rebuilds it, FID's Inception."""
 
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -204,6 +205,180 @@ class UNet(nn.Module):
         for layers in self.up:
             h = apply(layers, torch.cat([h, skips.pop()], dim=1))
         return self.conv_out(F.silu(self.norm_out(h))).float()
+
+
+# ---------- Feature networks: FID's Inception, DINOv2, or any other
+
+
+class Conv(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        if padding is None:
+            padding = [k // 2 if stride == 1 else 0 for k in kernel]
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+POOLS = {
+    "mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+    "halve": lambda x: F.max_pool2d(x, 3, 2),
+    "max": lambda x: F.max_pool2d(x, 3, 1, 1),
+}
+ACROSS, ALONG, FORK = (1, 7), (7, 1), "1x3 and 3x1, side by side"
+
+
+class Mixed(nn.Module):
+    """Chains of convolutions (width, kernel[, stride]), concatenated; `branch_pool` pools first."""
+
+    def __init__(self, c_in, pool, **chains):
+        super().__init__()
+        self.pool, self.chains, self.width = POOLS[pool], [], 0
+        for name, convs in chains.items():
+            width, layers = c_in, []
+            for i, (c_out, kernel, *stride) in enumerate(convs, 1):
+                key = f"{name}_{i}" if len(convs) > 1 else name
+                fork = {f"{key}a": (1, 3), f"{key}b": (3, 1)}
+                layers.append(fork if kernel == FORK else {key: kernel})
+                for key, kernel in layers[-1].items():
+                    self.add_module(key, Conv(width, c_out, kernel, *stride))
+                width = c_out * len(layers[-1])
+            self.chains.append((name, layers))
+            self.width += width
+
+    def forward(self, x):
+        ends = []
+        for name, layers in self.chains:
+            h = self.pool(x) if name == "branch_pool" else x
+            for keys in layers:
+                h = torch.cat([getattr(self, key)(h) for key in keys], dim=1)
+            ends.append(h)
+        return torch.cat(ends, dim=1)
+
+
+class Inception(nn.Module):
+    """The Inception of 2015 that FID is defined by, its layers named as in the published file.
+
+    uint8 (B, 3, H, W), resized to 299 -> pool3 features (B, 2048), logits without bias (B, 1008).
+    Two quirks are its own: means that do not count the padding, and the maximum in the last block.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
+        self.width = 192
+        for name, c in (("5b", 32), ("5c", 64), ("5d", 64)):
+            self.add(name, "mean", branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                     branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c, 1)])
+        self.add("6a", "halve", branch3x3=[(384, 3, 2)],
+                 branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
+        for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+            self.add(name, "mean", branch1x1=[(192, 1)],
+                     branch7x7=[(c, 1), (c, ACROSS), (192, ALONG)],
+                     branch7x7dbl=[(c, 1), (c, ALONG), (c, ACROSS), (c, ALONG), (192, ACROSS)],
+                     branch_pool=[(192, 1)])
+        self.add("7a", "halve", branch3x3=[(192, 1), (320, 3, 2)],
+                 branch7x7x3=[(192, 1), (192, ACROSS), (192, ALONG), (192, 3, 2)], branch_pool=[])
+        for name, pool in (("7b", "mean"), ("7c", "max")):
+            self.add(name, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, FORK)],
+                     branch3x3dbl=[(448, 1), (384, 3), (384, FORK)], branch_pool=[(192, 1)])
+        self.fc = nn.Linear(self.width, 1008)
+
+    def add(self, name, pool, **chains):
+        block = Mixed(self.width, pool, **chains)
+        self.add_module(f"Mixed_{name}", block)
+        self.width = block.width
+
+    def forward(self, x):
+        x = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+        x = (2 * x - 1).contiguous(memory_format=torch.channels_last)
+        for name, layer in self.named_children():
+            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
+                x = POOLS["halve"](x)
+            x = layer(x) if name != "fc" else x.mean((2, 3))
+        return x, x @ self.fc.weight.T
+
+
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
+HASH = "6726825d"
+
+
+def load_inception(path=None):
+    """The published network, or another one's weights under its names: (net, what it is).
+
+    Without `path` torch.hub fetches the file, checked by its hash. A file that bears the published
+    hash in its name must have it; another only has to fit, and is reported by its own.
+    Raises UserError for no file and no network, a wrong hash, weights that do not fit.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
+    if path is None and not cached.exists():
+        try:
+            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True)
+        except Exception as error:  # network, disk, hash: all end alike
+            raise UserError(f"no Inception weights ({error}): fetch {INCEPTION} and name it with "
+                            f"--inception, or put it at {cached}; --features random needs none"
+                            ) from error
+    path, net = Path(path or cached), Inception()
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if HASH in path.name and not digest.startswith(HASH):
+            raise UserError(f"{path}: wrong hash {digest[:8]}, the published file has {HASH}")
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except UserError:
+        raise
+    except Exception as error:  # missing, damaged or foreign: all end alike
+        raise UserError(f"--inception {path}: not the weights of the FID Inception "
+                        f"({str(error).splitlines()[0]})") from error
+    known = digest.startswith(HASH)
+    return net, f"Inception {digest[:8]}" + ("" if known else ", NOT the published network")
+
+
+def random_inception():
+    """The untrained network, seeded: He et al.'s initial weights, so that no layer fades."""
+    net, g = Inception(), torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        if p.dim() > 1:
+            p.data.normal_(0, math.sqrt(2 / p[0].numel()), generator=g)
+    return net, "random Inception (seed 0), NOT comparable with published figures"
+
+
+class DINOv2(nn.Module):
+    """ViT-L/14 by torch.hub: uint8 (B, 3, H, W), resized to 224 -> class token (B, 1024)."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            self.vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", trust_repo=True)
+        except Exception as error:  # no network, or what the hub's code raises
+            raise UserError(f"--features dinov2: torch.hub could not load it ({error})") from error
+        self.norm = nn.BatchNorm2d(3, eps=0, affine=False)
+        self.norm.running_mean[:] = torch.tensor([0.485, 0.456, 0.406])
+        self.norm.running_var[:] = torch.tensor([0.229, 0.224, 0.225]) ** 2
+
+    def forward(self, x):
+        x = F.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True)
+        return self.vit(self.norm(x.clamp(0, 1)))
+
+
+def load_torchscript(path):
+    """Any TorchScript module, uint8 (B, 3, H, W) -> features (B, d): (net, what it is)."""
+    try:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        net = torch.jit.load(path, map_location="cpu")
+    except Exception as error:  # missing, or anything but TorchScript
+        raise UserError(f"--features {path}: neither inception, random, dinov2, pixels nor a "
+                        f"TorchScript file ({str(error).splitlines()[0]})") from error
+    return net, f"{Path(path).name} ({digest[:8]}), NOT comparable with published figures"
 
 
 # ---------- Checkpoint

@@ -9,10 +9,12 @@ started again, draws the missing images only.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,9 +22,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
 from torchvision.utils import make_grid
 
-from losses import Diffusion
+from losses import Denoiser, Diffusion, mean_square, trajectory_attack
 from model import UserError, load_model, run_cli
 
 # ---------- Samplers
@@ -36,6 +39,12 @@ def timesteps(T, steps):
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: between 1 and T = {T}")
     return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
+
+
+def visits(T, steps, spacing):
+    """(t, prev) of each sampling step, the last prev -1 for the clean image; see `sample`."""
+    chosen = timesteps(T, steps)
+    return list(zip(chosen, [t - 1 for t in chosen] if spacing == "naive" else [*chosen[1:], -1]))
 
 
 def denoise_step(net, diffusion, x, t, prev, sampler, noise, clip=True):
@@ -76,11 +85,7 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     progress: hook (i, steps), called after each step.
     """
     x = noise()
-    chosen = timesteps(diffusion.T, steps)
-    for i, t in enumerate(chosen):
-        prev = t - 1
-        if spacing == "respaced":
-            prev = chosen[i + 1] if i + 1 < steps else -1
+    for i, (t, prev) in enumerate(visits(diffusion.T, steps, spacing)):
         if perturb is not None:
             x = perturb(x, t)
         x = denoise_step(net, diffusion, x, t, prev, sampler, noise, clip)
@@ -89,8 +94,29 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     return x
 
 
+class NextLook(nn.Module):
+    """What the denoiser will see after the coming step: the mean over `noises` of D(x_prev).
+
+    (x (B, ...), t (B,) of one value) -> (B, ...). after: dict t -> prev, the times that the
+    sampler visits; noises: a draw of the sampler's noise each, kept while an attack ascends.
+    """
+
+    def __init__(self, net, diffusion, after, sampler, noises):
+        super().__init__()
+        self.denoiser = Denoiser(net, diffusion)
+        self.after, self.sampler, self.noises = after, sampler, noises
+
+    def forward(self, x, t):
+        look, net, diffusion = 0, self.denoiser.net, self.denoiser.diffusion
+        now, prev = t[0].item(), self.after[t[0].item()]
+        for noise in self.noises:
+            y = denoise_step(net, diffusion, x, now, prev, self.sampler, lambda: noise)
+            look = look + (y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
+        return look / len(self.noises)
+
+
 # The first word of every seed, so that no two uses of randomness share a stream
-INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY = range(1, 9)
+INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH = range(1, 11)
 
 
 def mix(*numbers):
@@ -98,13 +124,13 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def image_noise(seed, indices, shape, device):
-    """Noise for `sample`: a generator of its own for each image, seeded by (seed, index).
+def image_noise(seed, indices, shape, device, use=IMAGE):
+    """Noise for `sample`: a generator of its own for each image, seeded by (use, seed, index).
 
     Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
     arguments -> (len(indices), *shape) on `device`.
     """
-    generators = [torch.Generator().manual_seed(mix(IMAGE, seed, k)) for k in indices]
+    generators = [torch.Generator().manual_seed(mix(use, seed, k)) for k in indices]
 
     def draw():
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -127,6 +153,29 @@ def save_grid(images, path, columns=8):
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+# Wavelet coefficients are counted in bins of 1/4080: those of uint8 images fall on every 16th
+BINS = 4080
+
+
+def residual_noise(images):
+    """Donoho's estimate of the noise's std on the [-1, 1] scale: median |coefficient| / 0.6745.
+
+    images: uint8 array or float tensor in [-1, 1] (N, C, H, W). One median over the finest
+    diagonal Haar coefficients of all images and channels, (a - b - c + d) / 2 of 2x2 pixels.
+    """
+    counts = torch.zeros(8 * BINS, dtype=torch.long)
+    for i in range(0, len(images), 1000):
+        x = images[i:i + 1000]
+        x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x)).float() / 127.5 - 1
+        a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
+                      for i in (0, 1) for j in (0, 1))
+        index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
+        counts += torch.bincount(index.flatten(), minlength=8 * BINS)
+    below, n = counts.cumsum(0), counts.sum().item()
+    middle = torch.searchsorted(below, torch.tensor([(n + 1) // 2, n // 2 + 1]))
+    return middle.double().mean().item() / BINS / 0.6745
 
 
 # ---------- Processes, shared by every script
@@ -156,6 +205,27 @@ def setup(device="auto"):
     return rank, local, world, device
 
 
+def first_here(args, load):
+    """load() by one process a machine, which fills a cache, and then by the others."""
+    if args.world > 1:
+        if args.local == 0:
+            load()
+        dist.barrier()
+    return load()
+
+
+@contextlib.contextmanager
+def full_precision():
+    """No TF32, which setup() allows for sampling: figures are to equal the reference's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def start_group(device):
     """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere.
 
@@ -164,9 +234,68 @@ def start_group(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
 
 
+def gather(part, n, world, device):
+    """Rows rank, rank + world, ... of each process -> all n, in order, on every process's CPU."""
+    if world == 1:
+        return part
+    padded = part.new_zeros(-(-n // world), *part.shape[1:]).to(device)
+    padded[:len(part)] = part.to(device)
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n].cpu()
+
+
 def duration(seconds):
     """Seconds -> "1:02:03"."""
     return str(timedelta(seconds=int(seconds)))
+
+
+def ticker(title, total, lead=True):
+    """A line of progress with a rate and an ETA: call what is returned with how many are done."""
+    start = shown = time.time()
+
+    def tick(done):
+        nonlocal shown
+        now = time.time()
+        if lead and now - (start if done >= total else shown) > 2:
+            shown = now
+            rate = done / max(now - start, 1e-6)
+            print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
+                  f"{duration((total - done) / rate)}   ", end="\n" if done >= total else "",
+                  flush=True)
+
+    return tick
+
+
+@full_precision()
+def extract(images, look, args, title):
+    """What look(uint8 (B, C, H, W), indices) returns, over all: list of CPU tensors (N, ...).
+
+    images: anything with uint8 (B, C, H, W) at an index array. Under torchrun each process looks
+    at its share, and all of them get the whole. The next batch is read during this one.
+    Raises UserError for fewer than 10 images, which no figure can stand on.
+    """
+    n, size = len(images), args.batch_size
+    if n < 10:
+        raise UserError(f"{title}: {n} images, at least 10 are needed")
+    mine = np.arange(args.rank, n, args.world)
+    tick, parts = ticker(title, n, args.rank == 0), None
+
+    def fetch(i):
+        return torch.from_numpy(images[mine[i:i + size]]).contiguous()
+
+    with ThreadPoolExecutor(1) as loader:
+        ahead = loader.submit(fetch, 0)
+        for i in range(0, len(mine), size):
+            batch = ahead.result().to(args.device)
+            ahead = loader.submit(fetch, i + size)
+            ends = look(batch, mine[i:i + size])
+            if parts is None:
+                parts = [end.new_empty(len(mine), *end.shape[1:], device="cpu") for end in ends]
+            for part, end in zip(parts, ends):
+                part[i:i + len(end)] = end
+            tick(min(n, (i + len(batch)) * args.world))
+    return [gather(part, n, args.world, args.device) for part in parts]
 
 
 # ---------- Command line
@@ -236,6 +365,80 @@ def weights_hash(net):
     return digest.hexdigest()[:16]
 
 
+def load_run(path, device, raw=False):
+    """A trained model to draw from: (net, its Diffusion, its config, where the weights are from).
+
+    Raises UserError as `load_model`, or when the config has no noise schedule.
+    """
+    net, config, step = load_model(path, device, ema=not raw)
+    try:
+        diffusion = Diffusion(config["T"], config["schedule"], device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no noise schedule in its config") from error
+    return net, diffusion, config, {"run": str(path), "step": step,
+                                    "weights": "raw" if raw else "EMA",
+                                    "weights_sha256": weights_hash(net)}
+
+
+def model_shape(config):
+    """(C, H, W) of the images that a run draws."""
+    return config["in_channels"], config["image_size"], config["image_size"]
+
+
+def draw(run, args, title, steps, sampler, spacing, hook=None):
+    """args.num images of a run, as sample.py draws them: uint8 (N, C, H, W) on every process.
+
+    hook: function(image indices) -> the `perturb` of `sample`.  args: rank, world, device, seed,
+    num, batch_size.  Raises UserError where the model has fewer time steps.
+    """
+    net, diffusion, config = run[:3]
+    if steps > diffusion.T:
+        raise UserError(f"--steps {steps}: the model was trained with T = {diffusion.T}")
+    shape = model_shape(config)
+    mine = range(args.rank, args.num, args.world)
+    tick, parts = ticker(title, args.num, args.rank == 0), [torch.empty(0, *shape).byte()]
+    for first in range(0, len(mine), args.batch_size):
+        batch = mine[first:first + args.batch_size]
+        noise = image_noise(args.seed, batch, shape, args.device)
+        x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=hook and hook(batch),
+                   progress=lambda i, n: tick((first + len(batch) * i / n) * args.num / len(mine)))
+        parts.append(to_uint8(x).cpu())
+    return gather(torch.cat(parts), args.num, args.world, args.device).numpy()
+
+
+def attacker(net, ascent_steps, diffusion, shape, args, norms):
+    """For `draw`: function(image indices) -> the hook that pushes their states while sampling.
+
+    net: whose denoiser to attack.  ascent_steps: 0 for a random push of the same norm.
+    args: seed, steps, spacing, sampler; share of the steps that is attacked, evenly spread; norm
+        and budget as `trajectory_attack`; eot, how many of the sampler's noises to average over.
+    norms: (num,), filled with each image's largest push, in the ball's own norm and units.
+    """
+    path = visits(diffusion.T, args.steps, args.spacing)
+    pushes = max(1, round(args.share * len(path)))
+    pushed = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
+
+    def hook(batch):
+        # a stream of its own, so that the sampler's noise is that of the images left alone
+        noise, view = image_noise(args.seed, batch, shape, args.device, ATTACK), None
+        if args.eot and ascent_steps:
+            fixed = [noise() for _ in range(args.eot)]
+            view = NextLook(net, diffusion, dict(path), args.sampler, fixed)
+        push = trajectory_attack(view or Denoiser(net, diffusion), diffusion, pushed, noise,
+                                 args.norm, args.budget, ascent_steps)
+
+        def watched(x, t):
+            y = push(x, t)
+            omega = ((y - x) / diffusion.s[t]).flatten(1)
+            size = omega.abs().amax(1) if args.norm == "linf" else mean_square(omega).sqrt()
+            norms[batch] = torch.maximum(norms[batch], size.cpu())
+            return y
+
+        return watched
+
+    return hook
+
+
 def claim_folder(out, provenance, overwrite):
     """Check that the images in `out` were drawn as `provenance` says, or clear them; write it."""
     note = out / "samples.json"
@@ -273,24 +476,17 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
     rank, _, world, device = setup(args.device)
-    net, config, step = load_model(args.run, device, ema=not args.raw)
-    try:
-        diffusion = Diffusion(config["T"], config["schedule"], device)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{args.run}: no noise schedule in its config") from error
+    net, diffusion, config, origin = load_run(args.run, device, args.raw)
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
     run = Path(args.run)
     out = args.out or (run if run.is_dir() else run.parent) / "samples"
-    provenance = {
-        "run": str(args.run), "step": step, "weights": "raw" if args.raw else "EMA",
-        "weights_sha256": weights_hash(net), "num": args.num, "sampler": args.sampler,
-        "steps": args.steps, "spacing": args.spacing, "seed": args.seed,
-    }
+    provenance = {**origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
+                  "spacing": args.spacing, "seed": args.seed}
     if rank == 0:
         print(f"output {out}")
-        print(f"{provenance['weights']} weights of step {step}, {args.sampler} {args.steps} steps "
-              f"({args.spacing}), {args.num} images on {world} x {device.type}", flush=True)
+        print(f"{origin['weights']} weights of step {origin['step']}, {args.sampler} {args.steps} "
+              f"steps ({args.spacing}), {args.num} images on {world} x {device.type}", flush=True)
         claim_folder(out, provenance, args.overwrite)
     if world > 1:
         start_group(device)
@@ -303,7 +499,7 @@ def main(argv=None):
     todo = [k for k in mine if not path(k).exists()]
     if rank == 0 and len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
-    shape = (config["in_channels"], config["image_size"], config["image_size"])
+    shape = model_shape(config)
     start = time.time()
 
     for first in range(0, len(todo), args.batch_size):
@@ -335,10 +531,10 @@ def main(argv=None):
               f"the first {min(args.num, 64)} in {out}.png, {duration(time.time() - start)}")
 
 
-def save_npz(path, images):
+def save_npz(path, *arrays, **named):
     """np.savez under exactly this name, which the function would end in .npz itself."""
     with open(path, "wb") as file:
-        np.savez(file, images)
+        np.savez(file, *arrays, **named)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Writes out/<dataset>-<mode>/: ckpt.pt, log.jsonl, config.json, data.png, samples
 import argparse
 import contextlib
 import copy
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -34,10 +35,12 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import MODES, READINGS, Diffusion, Perturbation
+from losses import (MODES, READINGS, Diffusion, Perturbation, ascend, mean_square,
+                    radius_and_weight, random_omega)
 from model import UNET_KEYS, UNet, UserError, read_checkpoint, run_cli
-from sample import (CHOICE, CORRUPT, INIT, ORDER, SHAPES, STEP, Parser, duration, image_noise, mix,
-                    number, sample, save_grid, setup, start_group, to_uint8, write_atomically)
+from sample import (CHOICE, CORRUPT, FIXED_BATCH, INIT, ORDER, SHAPES, STEP, Parser, duration,
+                    image_noise, mix, number, sample, save_grid, setup, start_group, to_uint8,
+                    write_atomically)
 
 # ---------- Settings: default < preset of the data set < a resumed run's config < flag
 
@@ -131,6 +134,7 @@ FLAGS = {
     "reports, each in steps, 0 is off": {
         "log_every": (100, natural, "a line on the screen and in log.jsonl"),
         "sample_every": (10_000, natural, "a grid of EMA samples"),
+        "monitor_every": (0, natural, "J under 10 ascent steps over J under the training step"),
         "save_every": (5000, natural, "a checkpoint (there is always one at the end)"),
         "keep": (1, count, "1: ckpt.pt alone; more: also the newest so many as ckpt_<step>.pt"),
     },
@@ -363,6 +367,48 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
         raise UserError(f"{cache} is damaged: delete it, and it is made anew") from error
 
 
+def same_kind(name, shape, other, wanted):
+    """Raise UserError unless two image shapes (C, H, W) are the same."""
+    if tuple(shape) != tuple(wanted):
+        a, b = (f"{w}x{h} {'grey' if c == 1 else 'RGB'}" for c, h, w in (shape, wanted))
+        raise UserError(f"{name} is {a}, {other} {b}: they must be of one size and colour")
+
+
+def load_as_is(path, cache_dir):
+    """The images of a folder, zip, or npz (arr_0, uint8 NHWC, as sample.py writes it), to measure.
+
+    A uint8 array (N, C, H, W), nothing cropped or resized; decoded ones are memory-mapped from
+    cache_dir. Raises UserError, naming the file, for one that is missing, damaged, of floats, not
+    square, or not of the first one's size and colour.
+    """
+    path = name = Path(path)
+    kind, items = None, []
+    try:
+        if path.suffix == ".npz":
+            array = np.load(path)["arr_0"]
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
+                raise ValueError(f"arr_0 is {array.dtype} {array.shape}, not uint8 (N, H, W, C)")
+            return array.transpose(0, 3, 1, 2)
+        files, reader = find_source("folder", path, "train")
+        items, read = reader(files)
+        for name in items:
+            image = read(name)
+            if image.mode == "F":
+                raise ValueError("its values are floats, not 8 bits")
+            shape = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
+            kind = kind or shape
+            same_kind(name, shape, items[0], kind)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{name}: not readable as images ({error})") from error
+    if kind is None:
+        raise UserError(f"no images in {path}" if path.exists() else f"no such file: {path}")
+    if kind[1] != kind[2]:
+        raise UserError(f"{items[0]} is not square")
+    return load_images("folder", kind[1], kind[0], path, cache_dir)
+
+
 CLEAN, NOISY, OUTLIER = 0, 1, 2
 
 
@@ -535,6 +581,38 @@ def update(objective, parts, weights, averages, optimizer, scaler, autocast, gra
     return total
 
 
+def alarm_times(T):
+    """The time steps that `overfit` looks at: from nearly clean to nearly noise."""
+    return [int(share * T) for share in (0.02, 0.1, 0.25, 0.5, 0.8)]
+
+
+def overfit(net, diffusion, x0, times, cfg):
+    """The alarm of one-step attacks (Wong et al. 2020): J after 10 steps over J after cfg's own.
+
+    For each time step in `times`, on x0 (B, C, H, W): (J_pgd10, J_train), means over the batch of
+    |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2, from the same x_t, radii and random start,
+    the same at every call. 10 sign steps are of r / 4 each. A growing ratio says that training
+    has learnt to deceive its own step. Reseeds torch, and calls `net` in eval mode.
+    """
+    pgd = dataclasses.replace(cfg, ascent_steps=10, ascent_step=0.25)
+    training, found = net.training, []
+    net.eval()
+    for time_step in times:
+        torch.manual_seed(mix(FIXED_BATCH, time_step))
+        t = torch.full((len(x0),), time_step, device=x0.device)
+        x_t = diffusion.diffuse(x0, t, torch.randn_like(x0))
+        _, s = diffusion.at(t, x_t)
+        r, _ = radius_and_weight(s, cfg)
+        start = random_omega(r, x_t)
+        with torch.no_grad():
+            clean = net(x_t, t)
+            omegas = [ascend(start.clone(), net, x_t, s, t, r, clean, c) for c in (pgd, cfg)]
+            found.append([mean_square(net(x_t + s * omega, t) - clean).mean().item()
+                          for omega in omegas])
+    net.train(training)
+    return found
+
+
 def main(argv=None):
     """Entry point; see the module's docstring."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -651,7 +729,10 @@ def main(argv=None):
         signal.signal(name, lambda number, _: signals.append(number))
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(fetch, start)
-    step = kept = start
+    # the first images as training sees them, the same at every call
+    watched = training_images(images, np.arange(min(16, len(images))), kinds, cfg.noise_std,
+                              cfg.seed).to(device)
+    step, kept, alarm = start, start, {}
     recent, waited, stop = [], 0.0, False
     began = mark = time.perf_counter()
 
@@ -684,11 +765,11 @@ def main(argv=None):
             asked = torch.tensor(float(len(signals)), device=device)
             dist.all_reduce(asked)
             stop = asked.item() > 0
-        logs, saves, draws = (every and step % every == 0 for every in
-                              (cfg.log_every, cfg.save_every, cfg.sample_every))
+        logs, saves, draws, monitors = (every and step % every == 0 for every in (
+            cfg.log_every, cfg.save_every, cfg.sample_every, cfg.monitor_every))
         ends = stop or step == cfg.steps
         # the figures stay on the device until something is due
-        if not (logs or saves or draws or ends or len(recent) % 100 == 0):
+        if not (logs or saves or draws or monitors or ends or len(recent) % 100 == 0):
             continue
 
         table = torch.stack(recent)
@@ -702,16 +783,24 @@ def main(argv=None):
             good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
             raise UserError(f"the loss or its gradient is not finite at step {bad}; last good "
                             f"checkpoint: {good}")
+        if monitors and lead:
+            tic = time.perf_counter()
+            pairs = overfit(net, diffusion, watched, alarm_times(cfg.T), perturbation)
+            alarm = {"overfit": [pgd / own if own else None for pgd, own in pairs]}
+            mark += time.perf_counter() - tic
         if logs:
             spent = (time.perf_counter() - mark) / len(recent)
             means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
             row = dict(zip(figures, means))
             row = {"step": step, **row, "img_s": cfg.batch_size / spent, "s_step": spent,
-                   "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
+                   "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent,
+                   **alarm}
             say(f"step {step:,}/{cfg.steps:,}  "
                 + "  ".join(f"{name} {row[name]:.4f}" for name in figures)
                 + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
-                f"  ETA {duration(row['eta_s'])}", flush=True)
+                + "".join(f"  overfit {max(r or 0 for r in value):.3f}" for value in alarm.values())
+                + f"  ETA {duration(row['eta_s'])}", flush=True)
+            alarm = {}
             if lead:
                 with open(log, "a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -41,14 +41,16 @@ def environment():
 @pytest.fixture(scope="session")
 def in_process():
     """Run a script's main() here; the signal handlers that it sets are put back."""
+    import evaluate
     import sample
     import train
 
     def run_main(module, *argv):
         before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return {"train": train, "sample": sample}[module].main(
-                [str(part) for part in argv] + ["--device", "cpu"])
+            device = [] if "--device" in argv or not argv else ["--device", "cpu"]
+            return {"train": train, "sample": sample, "evaluate": evaluate}[module].main(
+                [str(part) for part in argv] + device)
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)

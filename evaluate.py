@@ -1,0 +1,575 @@
+"""Measure a set of images or a trained model, and test the claims on it.
+
+    python evaluate.py quality out/cifar10-adv/samples --reference cifar10
+    python evaluate.py attack out/cifar10-adv --norm l2 --budget 0.5
+    torchrun --nproc_per_node=8 -- evaluate.py quality out/cifar10-adv --num 50000
+
+The commands: quality, memorization, attack, steps, denoise, overfit; each has its own -h. Under
+torchrun each process sees every world-th image; the figures are those of one process.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.functional import gaussian_blur
+
+from losses import Denoiser, Perturbation, mean_square
+from model import DINOv2, UserError, load_inception, load_torchscript, random_inception, run_cli
+from sample import (ATTACK, Parser, attacker, denoise_step, draw, extract, first_here,
+                    full_precision, gather, image_noise, load_run, model_shape, number,
+                    residual_noise, save_grid, save_npz, setup, start_group, ticker,
+                    write_atomically)
+from train import (DATASETS, alarm_times, choose_corruption, find_source, load_as_is, load_images,
+                   overfit, same_kind, training_images)
+
+# ---------- Images: uint8 arrays (N, C, H, W), memory-mapped where they come from files
+
+CACHE = "out/cache"
+
+
+def open_reference(name, args, shape, config=None, split="train", label="reference"):
+    """The images to compare those of shape (C, H, W) with; the provenance gets their name and N.
+
+    name: a data set of train.py, a folder, a zip or an npz. None: the run's own data set, clean.
+    split: of a data set; "test" is refused where the source is a bare folder or zip.
+    """
+    folder, cache = args.data_dir, args.cache_dir
+    if name is None:
+        if config is None:
+            raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
+        name = config["dataset"]
+        folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
+    if name in DATASETS:
+        root = Path(folder or f"data/{name}")
+        if split == "test" and name not in ("shapes", "celeba") and root.exists() and (
+                find_source(name, root, "test")[0] == find_source(name, root, "train")[0]):
+            raise UserError(f"{root} has no test split: name held-out images, a folder, zip or npz")
+        images = first_here(args, lambda: load_images(name, *shape[1::-1], folder, cache, split))
+        name = f"{name} {split}"
+    else:
+        images = first_here(args, lambda: load_as_is(name, args.cache_dir or CACHE))
+    same_kind(name, images.shape[1:], "the sample", shape)
+    images = images[:args.reference_num if label == "reference" else None]
+    args.about.update({label: name, f"{label}_num": len(images)})
+    return images
+
+
+def open_samples(args):
+    """SAMPLES, drawn first if it is a run: (images, the run's config or None)."""
+    path = Path(args.samples)
+    if (path / "ckpt.pt").exists() or path.suffix == ".pt":
+        run = load_run(path, args.device, args.raw)
+        args.about["num"] = args.num = args.num or 50_000
+        args.about.update(run[3])
+        return draw(run, args, "drawing", args.steps, args.sampler, args.spacing), run[2]
+    images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))[:args.num]
+    # how they were drawn, if sample.py did; the flags did not
+    note = {name: None for name in DRAW}
+    with contextlib.suppress(OSError, ValueError):
+        note |= json.loads(((path if path.is_dir() else path.parent) / "samples.json").read_text())
+    args.about.update(note, num=len(images))
+    return images, None
+
+
+def load_features(args):
+    """What --features names, as a function for `extract`: features (B, d), and logits if it can.
+
+    Grey images are repeated to three channels, but for "pixels".
+    """
+    nets = {"inception": lambda: first_here(args, lambda: load_inception(args.inception)),
+            "random": random_inception, "pixels": lambda: (nn.Flatten(), "pixels, NOT comparable"),
+            "dinov2": lambda: (first_here(args, DINOv2), "DINOv2 ViT-L/14")}
+    name = args.features
+    net, args.about["features"] = nets.get(name, lambda: load_torchscript(name))()
+    net = net.to(args.device, memory_format=torch.channels_last).eval()
+
+    def look(x, index):
+        try:
+            ends = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
+            ends = ends if isinstance(ends, tuple) else (ends,)
+            if ends[0].dim() != 2 or not ends[0].isfinite().all():
+                raise RuntimeError("the output is not finite features (B, d)")
+        except (RuntimeError, AttributeError) as error:
+            if name in nets:
+                raise
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"--features {name} on uint8 {tuple(x.shape)}: {reason}") from error
+        return ends
+
+    return look
+
+
+# ---------- Features (N, d) in blocks of rows
+
+ROWS, COLUMNS = 4096, 8192
+
+
+def mean_of(rows):
+    """Mean (d,) in float64."""
+    return sum(block.double().sum(0) for block in rows.split(ROWS)) / len(rows)
+
+
+@full_precision()
+def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
+    """The k rows of y with the least |x - y|^2 - radius(y)^2, for each row of x (N, d).
+
+    Returns (these values, float64 (N, k), ascending; indices of the rows). radii None: zero.
+    prepare: applied to float rows; centring them keeps the rounding of |y|^2 - 2 x.y small. That
+        only chooses candidates, a few more than k: values are of differences, in float64.
+    same: x is y, and a row is no neighbour of itself; a duplicate of it is one, at distance 0.
+    """
+    device, tick = args.exact, ticker(title, len(x))
+    minus = torch.zeros(len(y)) if radii is None else radii.square()
+    found = []
+    for i in range(0, len(x), ROWS):
+        a = prepare(x[i:i + ROWS].to(device).float())
+        value = torch.empty(len(a), 0, device=device)
+        index = value.long()
+        for j in range(0, len(y), COLUMNS):
+            b = prepare(y[j:j + COLUMNS].to(device).float())
+            row = b.square().sum(1) - minus[j:j + COLUMNS].to(b)
+            new = torch.addmm(row[None], a, b.T, alpha=-2)
+            if same:
+                low, high = max(i, j), min(i + len(a), j + len(b))
+                new[range(low - i, high - i), range(low - j, high - j)] = math.inf
+            new, at = new.topk(min(k + 4, len(b)), largest=False)
+            value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
+        value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
+        index = index.gather(1, at).cpu()
+        for rows, near, far in zip(a.split(256), index.split(256), value.isinf().split(256)):
+            b = prepare(y[near.flatten()].to(device).float()).view(*near.shape, -1)
+            exact = (rows[:, None].double() - b.double()).square().sum(-1).cpu() - minus[near]
+            exact, order = exact.masked_fill(far.cpu(), math.inf).sort(dim=1)
+            found.append((exact[:, :k], near.gather(1, order)[:, :k]))
+        tick(i + len(a))
+    values, indices = zip(*found)
+    return torch.cat(values), torch.cat(indices)
+
+
+# ---------- Metrics
+
+
+def moments(rows):
+    """Mean (d,) and covariance (d, d), N - 1 in its denominator, of (N, d), in float64."""
+    mean = mean_of(rows)
+    cov = sum((block.double() - mean).T @ (block.double() - mean) for block in rows.split(ROWS))
+    return mean, cov / (len(rows) - 1)
+
+
+def frechet(mean1, cov1, mean2, cov2):
+    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)): Heusel et al. 2017.
+
+    The root's trace is the sum of the roots of the eigenvalues of cov1^(1/2) cov2 cov1^(1/2).
+    """
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+
+
+def inception_score(logits, splits=10):
+    """exp(mean KL(p(y|x) || p(y))) of each split, in file order: (mean, std over the splits)."""
+    scores = []
+    for i in range(splits):
+        log_p = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits].double()
+        log_p = log_p.log_softmax(1)
+        marginal = log_p.logsumexp(0) - math.log(len(log_p))
+        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kid(fake, real, subsets=100, size=1000, seed=2020):
+    """Unbiased MMD^2, kernel (x.y / d + 1)^3, over random subsets: (mean, std over subsets).
+
+    Seed and order of drawing are torch-fidelity's. A size above a set's is cut to it.
+    """
+    size, values = min(size, len(fake), len(real)), []
+    rng = np.random.RandomState(seed)
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    for _ in range(subsets):
+        x, y = (rows[rng.choice(len(rows), size, replace=False)].double() for rows in (fake, real))
+        within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y)))
+        values.append((within / (size * (size - 1)) - 2 * kernel(x, y).mean()).item())
+    return float(np.mean(values)), float(np.std(values))
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Make a file's folder; a UserError if that, or what follows, cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def describe(images, look, args, title, keep=False):
+    """What the figures need of a set (N, C, H, W): a dict of tensors, on the first process alone.
+
+    look: of `load_features`.  keep: cache it, keyed by the images' content and the network.
+    """
+    digest = hashlib.sha256(repr(images.shape).encode())
+    for i in range(0, len(images), 1000):
+        digest.update(np.ascontiguousarray(images[i:i + 1000]))
+    args.about.setdefault("sha256", {})[title] = digest.hexdigest()[:16]
+    digest.update(args.about["features"].encode())
+    path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
+    # the first process decides for all
+    found = torch.tensor([keep and path.exists()])
+    found = gather(found, args.world, args.world, args.device)[0]
+    rows, *logits = (None,) if found else extract(images, look, args, title)
+    if args.rank:
+        return {}
+    if found:
+        try:
+            with np.load(path) as file:
+                return {name: torch.from_numpy(file[name]) for name in file}
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f"{path} is damaged: delete it, and it is made anew") from error
+    mean, cov = moments(rows)
+    centred = functools.partial(torch.sub, other=mean.float().to(args.exact))
+    nearest = neighbours(rows, rows, 3, centred, args, f"{title}: radii", same=True)[0]
+    stats = {"features": rows, "mean": mean, "cov": cov, "radii": nearest[:, -1].sqrt(),
+             "residual_noise": torch.tensor(residual_noise(images), dtype=torch.float64)}
+    if keep:
+        with writing(path):
+            write_atomically(path, lambda temporary: save_npz(temporary, **stats))
+    return {**stats, "logits": logits[0] if logits else None}
+
+
+def inside(some, others, args, title):
+    """Share of `some` rows inside a ball of `others`, edge included (Kynkaanniemi et al. 2019).
+
+    A ball reaches to the 3rd nearest of its own set. Precision: of generated rows in the balls of
+    real ones. Recall: the other way round.
+    """
+    centred = functools.partial(torch.sub, other=others["mean"].float().to(args.exact))
+    margin, at = neighbours(some["features"], others["features"], 1, centred, args, title,
+                            radii=others["radii"])
+    return (margin <= 1e-6 * others["radii"][at].square()).double().mean().item()
+
+
+def figures(fake, real, args):
+    """Quality of a described set against another: a dict by JSON key, {} but on the first process.
+
+    fid, is_mean, is_std (None without logits), kid_mean, kid_std, precision, recall, and the
+    residual noise of both, std on the [-1, 1] scale.
+    """
+    if args.rank:
+        return {}
+    few, d = min(len(fake["features"]), len(real["features"])), fake["features"].shape[1]
+    args.about["kid_subset"] = min(few, 1000)
+    if few <= d and "warning" not in args.about:
+        args.about["warning"] = f"N = {few} for {d} features: rank-deficient, FID biased upwards"
+        print(f"warning: {args.about['warning']}", file=sys.stderr)
+    kid_mean, kid_std = kid(fake["features"], real["features"])
+    is_mean, is_std = (None, None) if fake["logits"] is None else inception_score(fake["logits"])
+    return {
+        "fid": frechet(fake["mean"], fake["cov"], real["mean"], real["cov"]),
+        "is_mean": is_mean, "is_std": is_std, "kid_mean": kid_mean, "kid_std": kid_std,
+        "precision": inside(fake, real, args, "precision"),
+        "recall": inside(real, fake, args, "recall"),
+        "residual_noise": fake["residual_noise"].item(),
+        "residual_noise_reference": real["residual_noise"].item(),
+    }
+
+
+def scorer(args, shape, config=None):
+    """--reference described once: function (images, title) -> their `figures` against it."""
+    images = open_reference(args.reference, args, shape, config)
+    look = load_features(args)
+    real = describe(images, look, args, "reference", keep=True)
+    return lambda images, title: figures(describe(images, look, args, title), real, args)
+
+
+# ---------- Commands: (args) -> rows of the table
+
+
+def quality(args):
+    """FID, IS, KID, precision, recall and residual noise of a set of images, or of a run."""
+    images, config = open_samples(args)
+    return [scorer(args, images.shape[1:], config)(images, "samples")]
+
+
+def few_steps(args):
+    """The quality figures for each number of sampling steps, sampler and spacing."""
+    run = load_run(args.run, args.device, args.raw)
+    args.about.update(run[3])
+    if min(args.steps) > run[1].T:
+        raise UserError(f"--steps {min(args.steps)}: the model was trained with T = {run[1].T}")
+    score, rows = scorer(args, model_shape(run[2]), run[2]), []
+    for sampler, spacing, steps in itertools.product(args.sampler, args.spacing, args.steps):
+        if steps > run[1].T:
+            print(f"{steps} steps: left out, the model has T = {run[1].T}", file=sys.stderr)
+            continue
+        title = f"{sampler} {spacing} {steps}"
+        images = draw(run, args, title, steps, sampler, spacing)
+        rows.append({"sampler": sampler, "spacing": spacing, "steps": steps,
+                     **score(images, title)})
+    return rows
+
+
+def attack(args):
+    """The quality figures of images whose sampling is attacked, the state x moved to x + s_t omega.
+
+    Beside them the same seeds left alone, and pushed at random by the same norm. mse: to the images
+    left alone, on the [-1, 1] scale. norm_min, norm_max: of the images' largest omegas.
+    """
+    run = load_run(args.run, args.device, args.raw)
+    shape, rows = model_shape(run[2]), []
+    args.about.update(run[3])
+    attacks = {"none": None, "random": (run[0], 0), "white box": (run[0], args.attack_steps)}
+    if args.surrogate:
+        net, _, config, args.about["surrogate"] = load_run(args.surrogate, args.device, args.raw)
+        same_kind(args.surrogate, model_shape(config), args.run, shape)
+        attacks["transfer"] = (net, args.attack_steps)
+    score = scorer(args, shape, run[2])
+    for name, how in attacks.items():
+        norms = torch.zeros(args.num)
+        hook = how and attacker(*how, run[1], shape, args, norms)
+        images = draw(run, args, name, args.steps, args.sampler, args.spacing, hook)
+        norms = gather(norms[args.rank::args.world], args.num, args.world, args.device)
+        clean = images if how is None else clean
+        mse = np.mean([np.mean((a / 127.5 - b / 127.5) ** 2) for a, b in zip(images, clean)])
+        rows.append({"attack": name, **score(images, name), "mse": mse.item(),
+                     "norm_min": norms.min().item(), "norm_max": norms.max().item()})
+    return rows
+
+
+def memorization(args):
+    """Whether samples are copies: the nearest and second nearest training image, d1 and d2 away.
+
+    copied: the share with d1 < d2 / 3. similar: median, 95 % and 99 % quantile of the cosine
+    similarity to the most similar training image (pixels: less the mean image), and the shares
+    above .9, .95, .99. Beside it held-out images, the curve of an honest model, and the samples
+    blurred, since smoothness alone changes similarity. Exact duplicates in training count once.
+    """
+    images, config = open_samples(args)
+    train = open_reference(args.reference, args, images.shape[1:], config)
+    held = args.holdout and open_reference(args.holdout, args, images.shape[1:], split="test",
+                                           label="holdout")
+    look, width = load_features(args), 2 * math.ceil(3 * args.blur) + 1
+
+    def blurred(x, index):
+        return look(gaussian_blur(x, width, args.blur), index)
+
+    sets = {"training set": (train, look), "samples": (images, look), "blurred": (images, blurred)}
+    sets |= {"held out": (held, look)} if args.holdout else {}
+    sets = {name: extract(*some, args, name)[0] for name, some in sets.items()}
+    base = sets.pop("training set")
+    if args.rank:
+        return []
+    _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
+    args.about["duplicates_left_out"] = len(train) - len(once)
+    base, pixels, rows = base[once], args.features == "pixels", []
+    mean = mean_of(base).float().to(args.exact)
+
+    def centred(x):
+        return (x - mean) / (127.5 if pixels else 1)
+
+    for name, some in sets.items():
+        squares, near = neighbours(some, base, 2, centred, args, name)
+        d1, d2 = squares.sqrt().T
+        turn = neighbours(some, base, 1, lambda x: F.normalize(centred(x) if pixels else x), args,
+                          f"{name}: cosine")[0]
+        cosine = 1 - turn[:, 0] / 2
+        rows.append({
+            "set": name, "n": len(some), "copied": (d1 < d2 / 3).double().mean().item(),
+            "d1": d1.median().item(), "d1/d2": (d1 / d2).nanmedian().item(),
+            **{f"similar {q:.0%}": cosine.quantile(q).item() for q in (0.5, 0.95, 0.99)},
+            **{f"> {p}": (cosine > p).double().mean().item() for p in (0.9, 0.95, 0.99)}})
+        if name == "samples":
+            closest = (d1 / d2).nan_to_num(1).argsort()[:32].numpy()
+            pairs = np.stack([images[closest], train[once[near[closest, 0].numpy()]]], axis=1)
+    with writing(args.pairs):
+        save_grid(pairs.reshape(-1, *images.shape[1:]), args.pairs)
+    print(f"{args.pairs}: pairs of a sample and its nearest training image, least d1 / d2 first")
+    return rows
+
+
+def denoise(args):
+    """Held-out images plus Gaussian noise, denoised from the time step of nearest s / sqrt(a).
+
+    One-shot: D(x_t). Ancestral: DDPM steps from t down. psnr: dB, peak 2, the mean over images;
+    residual: `residual_noise`, std on the [-1, 1] scale.
+    """
+    net, diffusion, config, origin = load_run(args.run, args.device, args.raw)
+    shape, rows = model_shape(config), []
+    images = open_reference(args.reference, args, shape, config, split="test")[:args.num]
+    args.about.update(origin, num=len(images))
+    levels = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()
+    for std in args.noise_std:
+        t = (levels - std).abs().argmin().item()
+
+        def look(batch, index):
+            clean = batch.float() / 127.5 - 1
+            noisy = clean + std * image_noise(args.seed, index, shape, args.device, ATTACK)()
+            x = diffusion.sqrt_a[t] * noisy
+            once = Denoiser(net, diffusion)(x, torch.full((len(x),), t, device=x.device))
+            noise = image_noise(args.seed, index, shape, args.device)
+            for now in range(t, -1, -1):
+                x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
+            ends = [noisy, once.clamp(-1, 1), x.clamp(-1, 1)]
+            return [*ends, *(-10 * (mean_square(end - clean) / 4).log10() for end in ends)]
+
+        ends = extract(images, look, args, f"noise {std}")
+        row = {"noise_std": std, "t": t, "clean residual": residual_noise(images)}
+        for kind, x, psnr in zip(("input", "one-shot", "ancestral"), ends[:3], ends[3:]):
+            row |= {f"{kind} psnr": psnr.mean().item(), f"{kind} residual": residual_noise(x)}
+        rows.append(row)
+    return rows
+
+
+def alarm(args):
+    """J under 10 ascent steps over J under the training step, at five time steps, raw weights.
+
+    On the first --num training images as training saw them, see `train.overfit`.
+    """
+    net, diffusion, config, origin = load_run(args.run, args.device, raw=True)
+    images = open_reference(None, args, model_shape(config), config)
+    index = np.arange(min(args.num, len(images)))
+    args.about.update(origin, num=len(index))
+    kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"], config["seed"])
+    x0 = training_images(images, index, kinds, config["noise_std"], config["seed"])
+    cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
+    times = alarm_times(diffusion.T)
+    found = overfit(net, diffusion, x0.to(args.device), times, cfg)
+    return [{"t": t, "J_pgd10": pgd, "J_train": own, "ratio": pgd / own if own else None}
+            for t, (pgd, own) in zip(times, found)]
+
+
+# ---------- Command line
+
+positive, whole = number(float, 1e-9), number(int, 1)
+
+
+def listed(kind, *choices):
+    """An argparse type: values with commas between, each parsed by `kind`, or one of `choices`."""
+
+    def parse(text):
+        values = [kind(part) for part in text.split(",")]
+        if choices and not set(values) <= set(choices):
+            raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(choices)}")
+        return values
+
+    return parse
+
+
+# name: (default, type, list of choices or None for a switch, help)
+FLAGS = {
+    "reference": (None, str, "a data set of train.py, a folder, zip, or npz; None: the run's own"),
+    "holdout": (None, str, "held-out images, likewise; of a data set the test split"),
+    "data_dir": (None, str, "folder or zip of the data set that --reference names"),
+    "cache_dir": (None, str, f"for decoded images and statistics; None: the run's, or {CACHE}"),
+    "reference_num": (None, whole, "only the first so many images of it; None: all"),
+    "features": ("inception", str, "inception; random: untrained, offline, not comparable; dinov2; "
+                                   "pixels; or FILE.pt, TorchScript uint8 NCHW -> (B, d)"),
+    "inception": (None, str, "file of the Inception's weights; None: fetched by torch.hub"),
+    "num": (None, whole, "images to draw, or take; None: 50000 to draw, all to take"),
+    "sampler": ("ddim", ["ddim", "ddpm"], "deterministic, or ancestral"),
+    "steps": (100, whole, "network calls per image"),
+    "spacing": ("respaced", ["respaced", "naive"], "of the sampler, see sample.py"),
+    "seed": (0, number(int, 0), "seed of image 0, 1, ..."),
+    "raw": (False, None, "raw weights instead of the EMA"),
+    "norm": ("l2", ["l2", "linf"], "the attack's ball"),
+    "budget": (0.5, positive, "its radius in units of s_t, a root mean square or largest element"),
+    "attack_steps": (5, whole, "ascent steps"),
+    "share": (0.5, number(float, 1e-9, 1), "of the sampling steps that is attacked, evenly spread"),
+    "eot": (0, number(int, 0), "attack D after the next step, mean over so many noises; 0: D now"),
+    "surrogate": (None, str, "second run, to attack through as well (transfer)"),
+    "blur": (1.0, positive, "std of the blurred control, in pixels"),
+    "pairs": (Path("out/memorization.png"), Path, "PNG of the closest pairs"),
+    "noise_std": ([0.1, 0.2], listed(positive), "std of the noise on the [-1, 1] scale"),
+    "batch_size": (50, whole, "images at a time, per process; does not change the figures"),
+    "device": ("auto", str, "cpu, cuda, cuda:1, mps"),
+    "json": (None, Path, "file for the figures and their provenance"),
+}
+DRAW = ["num", "sampler", "steps", "spacing", "seed", "raw"]
+QUALITY = ["reference", "data_dir", "cache_dir", "reference_num", "features", "inception", *DRAW]
+MACHINE = ["batch_size", "device", "json"]
+# name: (function, its subject, flags, flags that are otherwise here)
+COMMANDS = {
+    "quality": (quality, "samples", QUALITY, {}),
+    "memorization": (memorization, "samples", [*QUALITY, "holdout", "blur", "pairs"],
+                     {"features": ("pixels", *FLAGS["features"][1:])}),
+    "attack": (attack, "run", [*QUALITY, "norm", "budget", "attack_steps", "share", "eot",
+                               "surrogate"], {"num": (5000, whole, "images to draw")}),
+    "steps": (few_steps, "run", QUALITY, {
+        "num": (5000, whole, "images to draw"),
+        "steps": ([1000, 500, 300, 100, 50, 20, 10], listed(whole), "network calls per image"),
+        "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "samplers"),
+        "spacing": (["respaced"], listed(str, "respaced", "naive"), "spacings")}),
+    "denoise": (denoise, "run", ["reference", "data_dir", "cache_dir", "num", "seed", "raw",
+                                 "noise_std"], {"num": (1000, whole, "held-out images")}),
+    "overfit": (alarm, "run", ["data_dir", "cache_dir", "num"],
+                {"num": (16, whole, "training images")}),
+}
+
+
+def parse_args(argv=None):
+    """The command line; UserError where it is wrong."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (function, subject, flags, special) in COMMANDS.items():
+        text = " ".join(function.__doc__.split())
+        q = commands.add_parser(name, help=text.split(". ")[0], description=text)
+        q.add_argument(subject, help="run folder of train.py, or a checkpoint file" + (
+            "; or images: folder, zip or npz" if subject == "samples" else ""))
+        for flag in [*flags, *MACHINE]:
+            default, kind, text = special.get(flag, FLAGS[flag])
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            options = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+            q.add_argument(f"--{flag}", default=default, help=f"{text} ({shown})",
+                           **(options if kind else {"action": "store_true"}))
+        q.set_defaults(about=["command", subject, *flags], reference_num=None)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Entry point; see the module's docstring."""
+    args = parse_args(argv)
+    args.rank, args.local, args.world, args.device = setup(args.device)
+    # where there is float64
+    args.exact = torch.device("cpu") if args.device.type == "mps" else args.device
+    args.about = {name: getattr(args, name) for name in args.about}
+    if args.rank == 0:
+        print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
+    if args.world > 1:
+        start_group(args.device)
+    rows = COMMANDS[args.command][0](args)
+    if args.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if args.rank:
+        return
+    cells = [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in row]
+             for row in (rows[0], *(row.values() for row in rows))]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+    print("; ".join(f"{key} {value}" for key, value in args.about.items() if value is not None))
+    if args.json:
+        data = {**(rows[0] if args.command == "quality" else {"rows": rows}),
+                "provenance": args.about}
+        with writing(args.json):
+            write_atomically(args.json, lambda temporary: temporary.write_text(
+                json.dumps(data, indent=2, default=str) + "\n"))
+
+
+if __name__ == "__main__":
+    run_cli(main)
