@@ -16,6 +16,8 @@ import itertools
 import json
 import math
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +27,142 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
-from losses import Denoiser, Perturbation, mean_square
-from model import DINOv2, UserError, load_inception, load_torchscript, random_inception, run_cli
-from sample import (ATTACK, Parser, attacker, denoise_step, draw, extract, first_here,
-                    full_precision, gather, image_noise, load_run, model_shape, number,
-                    residual_noise, save_grid, save_npz, setup, start_group, ticker,
+from losses import Denoiser, Perturbation, mean_square, trajectory_attack
+from model import UserError, run_cli
+from sample import (ATTACK, Parser, denoise_step, duration, image_noise, load_run, model_shape,
+                    number, sample, save_grid, save_npz, setup, start_group, to_uint8, visits,
                     write_atomically)
-from train import (DATASETS, alarm_times, choose_corruption, find_source, load_as_is, load_images,
-                   overfit, same_kind, training_images)
+from train import (DATASETS, alarm_times, choose_corruption, find_source, load_images, overfit,
+                   training_images)
+
+# ---------- Sharing the work, and watching it
+
+
+def first_here(args, load):
+    """load() by one process a machine, which fills a cache, and then by the others."""
+    if args.world > 1:
+        if args.local == 0:
+            load()
+        dist.barrier()
+    return load()
+
+
+def gather(part, n, world, device):
+    """Rows rank, rank + world, ... of each process -> all n, in order, on every process's CPU."""
+    if world == 1:
+        return part
+    padded = part.new_zeros(-(-n // world), *part.shape[1:]).to(device)
+    padded[:len(part)] = part.to(device)
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n].cpu()
+
+
+@contextlib.contextmanager
+def full_precision():
+    """No TF32, which setup() allows for sampling: figures are to equal the reference's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def ticker(title, total, lead=True):
+    """A line of progress with a rate and an ETA: call what is returned with how many are done."""
+    start = shown = time.time()
+
+    def tick(done):
+        nonlocal shown
+        now = time.time()
+        if lead and now - (start if done >= total else shown) > 2:
+            shown = now
+            rate = done / max(now - start, 1e-6)
+            print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
+                  f"{duration((total - done) / rate)}   ", end="\n" if done >= total else "",
+                  flush=True)
+
+    return tick
+
+
+@full_precision()
+def extract(images, look, args, title):
+    """What look(uint8 (B, C, H, W), indices) returns, over all: list of CPU tensors (N, ...).
+
+    images: anything with uint8 (B, C, H, W) at an index array. Under torchrun each process looks
+    at its share, and all of them get the whole. The next batch is read during this one.
+    Raises UserError for fewer than 10 images, which no figure can stand on.
+    """
+    n, size = len(images), args.batch_size
+    if n < 10:
+        raise UserError(f"{title}: {n} images, at least 10 are needed")
+    mine = np.arange(args.rank, n, args.world)
+    tick, parts = ticker(title, n, args.rank == 0), None
+
+    def fetch(i):
+        return torch.from_numpy(images[mine[i:i + size]]).contiguous()
+
+    with ThreadPoolExecutor(1) as loader:
+        ahead = loader.submit(fetch, 0)
+        for i in range(0, len(mine), size):
+            batch = ahead.result().to(args.device)
+            ahead = loader.submit(fetch, i + size)
+            ends = look(batch, mine[i:i + size])
+            if parts is None:
+                parts = [end.new_empty(len(mine), *end.shape[1:], device="cpu") for end in ends]
+            for part, end in zip(parts, ends):
+                part[i:i + len(end)] = end
+            tick(min(n, (i + len(batch)) * args.world))
+    return [gather(part, n, args.world, args.device) for part in parts]
+
 
 # ---------- Images: uint8 arrays (N, C, H, W), memory-mapped where they come from files
 
 CACHE = "out/cache"
+
+
+def same_kind(name, shape, other, wanted):
+    """Raise UserError unless two image shapes (C, H, W) are the same."""
+    if tuple(shape) != tuple(wanted):
+        a, b = (f"{w}x{h} {'grey' if c == 1 else 'RGB'}" for c, h, w in (shape, wanted))
+        raise UserError(f"{name} is {a}, {other} {b}: they must be of one size and colour")
+
+
+def load_as_is(path, cache_dir):
+    """The images of a folder, zip, or npz (arr_0, uint8 NHWC, as sample.py writes it), to measure.
+
+    A uint8 array (N, C, H, W), nothing cropped or resized; decoded ones are memory-mapped from
+    cache_dir. Raises UserError, naming the file, for one that is missing, damaged, of floats, not
+    square, or not of the first one's size and colour.
+    """
+    path = name = Path(path)
+    kind, items = None, []
+    try:
+        if path.suffix == ".npz":
+            array = np.load(path)["arr_0"]
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
+                raise ValueError(f"arr_0 is {array.dtype} {array.shape}, not uint8 (N, H, W, C)")
+            return array.transpose(0, 3, 1, 2)
+        files, reader = find_source("folder", path, "train")
+        items, read = reader(files)
+        for name in items:
+            image = read(name)
+            if image.mode == "F":
+                raise ValueError("its values are floats, not 8 bits")
+            shape = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
+            kind = kind or shape
+            same_kind(name, shape, items[0], kind)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{name}: not readable as images ({error})") from error
+    if kind is None:
+        raise UserError(f"no images in {path}" if path.exists() else f"no such file: {path}")
+    if kind[1] != kind[2]:
+        raise UserError(f"{items[0]} is not square")
+    return load_images("folder", kind[1], kind[0], path, cache_dir)
 
 
 def open_reference(name, args, shape, config=None, split="train", label="reference"):
@@ -81,6 +207,180 @@ def open_samples(args):
         note |= json.loads(((path if path.is_dir() else path.parent) / "samples.json").read_text())
     args.about.update(note, num=len(images))
     return images, None
+
+
+# ---------- Feature networks: FID's Inception, DINOv2, or any other
+
+
+class Conv(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        if padding is None:
+            padding = [k // 2 if stride == 1 else 0 for k in kernel]
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+POOLS = {
+    "mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+    "halve": lambda x: F.max_pool2d(x, 3, 2),
+    "max": lambda x: F.max_pool2d(x, 3, 1, 1),
+}
+ACROSS, ALONG, FORK = (1, 7), (7, 1), "1x3 and 3x1, side by side"
+
+
+class Mixed(nn.Module):
+    """Chains of convolutions (width, kernel[, stride]), concatenated; `branch_pool` pools first."""
+
+    def __init__(self, c_in, pool, **chains):
+        super().__init__()
+        self.pool, self.chains, self.width = POOLS[pool], [], 0
+        for name, convs in chains.items():
+            width, layers = c_in, []
+            for i, (c_out, kernel, *stride) in enumerate(convs, 1):
+                key = f"{name}_{i}" if len(convs) > 1 else name
+                fork = {f"{key}a": (1, 3), f"{key}b": (3, 1)}
+                layers.append(fork if kernel == FORK else {key: kernel})
+                for key, kernel in layers[-1].items():
+                    self.add_module(key, Conv(width, c_out, kernel, *stride))
+                width = c_out * len(layers[-1])
+            self.chains.append((name, layers))
+            self.width += width
+
+    def forward(self, x):
+        ends = []
+        for name, layers in self.chains:
+            h = self.pool(x) if name == "branch_pool" else x
+            for keys in layers:
+                h = torch.cat([getattr(self, key)(h) for key in keys], dim=1)
+            ends.append(h)
+        return torch.cat(ends, dim=1)
+
+
+class Inception(nn.Module):
+    """The Inception of 2015 that FID is defined by, its layers named as in the published file.
+
+    uint8 (B, 3, H, W), resized to 299 -> pool3 features (B, 2048), logits without bias (B, 1008).
+    Two quirks are its own: means that do not count the padding, and the maximum in the last block.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
+        self.width = 192
+        for name, c in (("5b", 32), ("5c", 64), ("5d", 64)):
+            self.add(name, "mean", branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                     branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c, 1)])
+        self.add("6a", "halve", branch3x3=[(384, 3, 2)],
+                 branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
+        for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+            self.add(name, "mean", branch1x1=[(192, 1)],
+                     branch7x7=[(c, 1), (c, ACROSS), (192, ALONG)],
+                     branch7x7dbl=[(c, 1), (c, ALONG), (c, ACROSS), (c, ALONG), (192, ACROSS)],
+                     branch_pool=[(192, 1)])
+        self.add("7a", "halve", branch3x3=[(192, 1), (320, 3, 2)],
+                 branch7x7x3=[(192, 1), (192, ACROSS), (192, ALONG), (192, 3, 2)], branch_pool=[])
+        for name, pool in (("7b", "mean"), ("7c", "max")):
+            self.add(name, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, FORK)],
+                     branch3x3dbl=[(448, 1), (384, 3), (384, FORK)], branch_pool=[(192, 1)])
+        self.fc = nn.Linear(self.width, 1008)
+
+    def add(self, name, pool, **chains):
+        block = Mixed(self.width, pool, **chains)
+        self.add_module(f"Mixed_{name}", block)
+        self.width = block.width
+
+    def forward(self, x):
+        x = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+        x = (2 * x - 1).contiguous(memory_format=torch.channels_last)
+        for name, layer in self.named_children():
+            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
+                x = POOLS["halve"](x)
+            x = layer(x) if name != "fc" else x.mean((2, 3))
+        return x, x @ self.fc.weight.T
+
+
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
+HASH = "6726825d"
+
+
+def load_inception(path=None):
+    """The published network, or another one's weights under its names: (net, what it is).
+
+    Without `path` torch.hub fetches the file, checked by its hash. A file that bears the published
+    hash in its name must have it; another only has to fit, and is reported by its own.
+    Raises UserError for no file and no network, a wrong hash, weights that do not fit.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
+    if path is None and not cached.exists():
+        try:
+            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True)
+        except Exception as error:  # network, disk, hash: all end alike
+            raise UserError(f"no Inception weights ({error}): fetch {INCEPTION} and name it with "
+                            f"--inception, or put it at {cached}; --features random needs none"
+                            ) from error
+    path, net = Path(path or cached), Inception()
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if HASH in path.name and not digest.startswith(HASH):
+            raise UserError(f"{path}: wrong hash {digest[:8]}, the published file has {HASH}")
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except UserError:
+        raise
+    except Exception as error:  # missing, damaged or foreign: all end alike
+        raise UserError(f"--inception {path}: not the weights of the FID Inception "
+                        f"({str(error).splitlines()[0]})") from error
+    known = digest.startswith(HASH)
+    return net, f"Inception {digest[:8]}" + ("" if known else ", NOT the published network")
+
+
+def random_inception():
+    """The untrained network, seeded: He et al.'s initial weights, so that no layer fades."""
+    net, g = Inception(), torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        if p.dim() > 1:
+            p.data.normal_(0, math.sqrt(2 / p[0].numel()), generator=g)
+    return net, "random Inception (seed 0), NOT comparable with published figures"
+
+
+class DINOv2(nn.Module):
+    """ViT-L/14 by torch.hub: uint8 (B, 3, H, W), resized to 224 -> class token (B, 1024)."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            self.vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", trust_repo=True)
+        except Exception as error:  # no network, or what the hub's code raises
+            raise UserError(f"--features dinov2: torch.hub could not load it ({error})") from error
+        self.norm = nn.BatchNorm2d(3, eps=0, affine=False)
+        self.norm.running_mean[:] = torch.tensor([0.485, 0.456, 0.406])
+        self.norm.running_var[:] = torch.tensor([0.229, 0.224, 0.225]) ** 2
+
+    def forward(self, x):
+        x = F.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True)
+        return self.vit(self.norm(x.clamp(0, 1)))
+
+
+def load_torchscript(path):
+    """Any TorchScript module, uint8 (B, 3, H, W) -> features (B, d): (net, what it is)."""
+    try:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        net = torch.jit.load(path, map_location="cpu")
+    except Exception as error:  # missing, or anything but TorchScript
+        raise UserError(f"--features {path}: neither inception, random, dinov2, pixels nor a "
+                        f"TorchScript file ({str(error).splitlines()[0]})") from error
+    return net, f"{Path(path).name} ({digest[:8]}), NOT comparable with published figures"
 
 
 def load_features(args):
@@ -158,6 +458,84 @@ def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
     return torch.cat(values), torch.cat(indices)
 
 
+# ---------- Sampling, attacked or not
+
+
+def draw(run, args, title, steps, sampler, spacing, hook=None):
+    """args.num images of a run, as sample.py draws them: uint8 (N, C, H, W) on every process.
+
+    hook: function(image indices) -> the `perturb` of `sample`.  args: rank, world, device, seed,
+    num, batch_size.  Raises UserError where the model has fewer time steps.
+    """
+    net, diffusion, config = run[:3]
+    if steps > diffusion.T:
+        raise UserError(f"--steps {steps}: the model was trained with T = {diffusion.T}")
+    shape = model_shape(config)
+    mine = range(args.rank, args.num, args.world)
+    tick, parts = ticker(title, args.num, args.rank == 0), [torch.empty(0, *shape).byte()]
+    for first in range(0, len(mine), args.batch_size):
+        batch = mine[first:first + args.batch_size]
+        noise = image_noise(args.seed, batch, shape, args.device)
+        x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=hook and hook(batch),
+                   progress=lambda i, n: tick((first + len(batch) * i / n) * args.num / len(mine)))
+        parts.append(to_uint8(x).cpu())
+    return gather(torch.cat(parts), args.num, args.world, args.device).numpy()
+
+
+class NextLook(nn.Module):
+    """What the denoiser will see after the coming step: the mean over `noises` of D(x_prev).
+
+    (x (B, ...), t (B,) of one value) -> (B, ...). after: dict t -> prev, the times that the
+    sampler visits; noises: a draw of the sampler's noise each, kept while an attack ascends.
+    """
+
+    def __init__(self, net, diffusion, after, sampler, noises):
+        super().__init__()
+        self.denoiser = Denoiser(net, diffusion)
+        self.after, self.sampler, self.noises = after, sampler, noises
+
+    def forward(self, x, t):
+        look, net, diffusion = 0, self.denoiser.net, self.denoiser.diffusion
+        now, prev = t[0].item(), self.after[t[0].item()]
+        for noise in self.noises:
+            y = denoise_step(net, diffusion, x, now, prev, self.sampler, lambda: noise)
+            look = look + (y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
+        return look / len(self.noises)
+
+
+def attacker(net, ascent_steps, diffusion, shape, args, norms):
+    """For `draw`: function(image indices) -> the hook that pushes their states while sampling.
+
+    net: whose denoiser to attack.  ascent_steps: 0 for a random push of the same norm.
+    args: seed, steps, spacing, sampler; share of the steps that is attacked, evenly spread; norm
+        and budget as `trajectory_attack`; eot, how many of the sampler's noises to average over.
+    norms: (num,), filled with each image's largest push, in the ball's own norm and units.
+    """
+    path = visits(diffusion.T, args.steps, args.spacing)
+    pushes = max(1, round(args.share * len(path)))
+    pushed = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
+
+    def hook(batch):
+        # a stream of its own, so that the sampler's noise is that of the images left alone
+        noise, view = image_noise(args.seed, batch, shape, args.device, ATTACK), None
+        if args.eot and ascent_steps:
+            fixed = [noise() for _ in range(args.eot)]
+            view = NextLook(net, diffusion, dict(path), args.sampler, fixed)
+        push = trajectory_attack(view or Denoiser(net, diffusion), diffusion, pushed, noise,
+                                 args.norm, args.budget, ascent_steps)
+
+        def watched(x, t):
+            y = push(x, t)
+            omega = ((y - x) / diffusion.s[t]).flatten(1)
+            size = omega.abs().amax(1) if args.norm == "linf" else mean_square(omega).sqrt()
+            norms[batch] = torch.maximum(norms[batch], size.cpu())
+            return y
+
+        return watched
+
+    return hook
+
+
 # ---------- Metrics
 
 
@@ -206,6 +584,29 @@ def kid(fake, real, subsets=100, size=1000, seed=2020):
         within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y)))
         values.append((within / (size * (size - 1)) - 2 * kernel(x, y).mean()).item())
     return float(np.mean(values)), float(np.std(values))
+
+
+# Wavelet coefficients are counted in bins of 1/4080: those of uint8 images fall on every 16th
+BINS = 4080
+
+
+def residual_noise(images):
+    """Donoho's estimate of the noise's std on the [-1, 1] scale: median |coefficient| / 0.6745.
+
+    images: uint8 array or float tensor in [-1, 1] (N, C, H, W). One median over the finest
+    diagonal Haar coefficients of all images and channels, (a - b - c + d) / 2 of 2x2 pixels.
+    """
+    counts = torch.zeros(8 * BINS, dtype=torch.long)
+    for i in range(0, len(images), 1000):
+        x = images[i:i + 1000]
+        x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x)).float() / 127.5 - 1
+        a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
+                      for i in (0, 1) for j in (0, 1))
+        index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
+        counts += torch.bincount(index.flatten(), minlength=8 * BINS)
+    below, n = counts.cumsum(0), counts.sum().item()
+    middle = torch.searchsorted(below, torch.tensor([(n + 1) // 2, n // 2 + 1]))
+    return middle.double().mean().item() / BINS / 0.6745
 
 
 @contextlib.contextmanager

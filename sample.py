@@ -9,12 +9,10 @@ started again, draws the missing images only.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,10 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
 from torchvision.utils import make_grid
 
-from losses import Denoiser, Diffusion, mean_square, trajectory_attack
+from losses import Diffusion
 from model import UserError, load_model, run_cli
 
 # ---------- Samplers
@@ -94,27 +91,6 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     return x
 
 
-class NextLook(nn.Module):
-    """What the denoiser will see after the coming step: the mean over `noises` of D(x_prev).
-
-    (x (B, ...), t (B,) of one value) -> (B, ...). after: dict t -> prev, the times that the
-    sampler visits; noises: a draw of the sampler's noise each, kept while an attack ascends.
-    """
-
-    def __init__(self, net, diffusion, after, sampler, noises):
-        super().__init__()
-        self.denoiser = Denoiser(net, diffusion)
-        self.after, self.sampler, self.noises = after, sampler, noises
-
-    def forward(self, x, t):
-        look, net, diffusion = 0, self.denoiser.net, self.denoiser.diffusion
-        now, prev = t[0].item(), self.after[t[0].item()]
-        for noise in self.noises:
-            y = denoise_step(net, diffusion, x, now, prev, self.sampler, lambda: noise)
-            look = look + (y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
-        return look / len(self.noises)
-
-
 # The first word of every seed, so that no two uses of randomness share a stream
 INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH = range(1, 11)
 
@@ -155,29 +131,6 @@ def save_grid(images, path, columns=8):
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
-# Wavelet coefficients are counted in bins of 1/4080: those of uint8 images fall on every 16th
-BINS = 4080
-
-
-def residual_noise(images):
-    """Donoho's estimate of the noise's std on the [-1, 1] scale: median |coefficient| / 0.6745.
-
-    images: uint8 array or float tensor in [-1, 1] (N, C, H, W). One median over the finest
-    diagonal Haar coefficients of all images and channels, (a - b - c + d) / 2 of 2x2 pixels.
-    """
-    counts = torch.zeros(8 * BINS, dtype=torch.long)
-    for i in range(0, len(images), 1000):
-        x = images[i:i + 1000]
-        x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x)).float() / 127.5 - 1
-        a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
-                      for i in (0, 1) for j in (0, 1))
-        index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
-        counts += torch.bincount(index.flatten(), minlength=8 * BINS)
-    below, n = counts.cumsum(0), counts.sum().item()
-    middle = torch.searchsorted(below, torch.tensor([(n + 1) // 2, n // 2 + 1]))
-    return middle.double().mean().item() / BINS / 0.6745
-
-
 # ---------- Processes, shared by every script
 
 
@@ -205,27 +158,6 @@ def setup(device="auto"):
     return rank, local, world, device
 
 
-def first_here(args, load):
-    """load() by one process a machine, which fills a cache, and then by the others."""
-    if args.world > 1:
-        if args.local == 0:
-            load()
-        dist.barrier()
-    return load()
-
-
-@contextlib.contextmanager
-def full_precision():
-    """No TF32, which setup() allows for sampling: figures are to equal the reference's."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def start_group(device):
     """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere.
 
@@ -234,68 +166,9 @@ def start_group(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
 
 
-def gather(part, n, world, device):
-    """Rows rank, rank + world, ... of each process -> all n, in order, on every process's CPU."""
-    if world == 1:
-        return part
-    padded = part.new_zeros(-(-n // world), *part.shape[1:]).to(device)
-    padded[:len(part)] = part.to(device)
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:n].cpu()
-
-
 def duration(seconds):
     """Seconds -> "1:02:03"."""
     return str(timedelta(seconds=int(seconds)))
-
-
-def ticker(title, total, lead=True):
-    """A line of progress with a rate and an ETA: call what is returned with how many are done."""
-    start = shown = time.time()
-
-    def tick(done):
-        nonlocal shown
-        now = time.time()
-        if lead and now - (start if done >= total else shown) > 2:
-            shown = now
-            rate = done / max(now - start, 1e-6)
-            print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
-                  f"{duration((total - done) / rate)}   ", end="\n" if done >= total else "",
-                  flush=True)
-
-    return tick
-
-
-@full_precision()
-def extract(images, look, args, title):
-    """What look(uint8 (B, C, H, W), indices) returns, over all: list of CPU tensors (N, ...).
-
-    images: anything with uint8 (B, C, H, W) at an index array. Under torchrun each process looks
-    at its share, and all of them get the whole. The next batch is read during this one.
-    Raises UserError for fewer than 10 images, which no figure can stand on.
-    """
-    n, size = len(images), args.batch_size
-    if n < 10:
-        raise UserError(f"{title}: {n} images, at least 10 are needed")
-    mine = np.arange(args.rank, n, args.world)
-    tick, parts = ticker(title, n, args.rank == 0), None
-
-    def fetch(i):
-        return torch.from_numpy(images[mine[i:i + size]]).contiguous()
-
-    with ThreadPoolExecutor(1) as loader:
-        ahead = loader.submit(fetch, 0)
-        for i in range(0, len(mine), size):
-            batch = ahead.result().to(args.device)
-            ahead = loader.submit(fetch, i + size)
-            ends = look(batch, mine[i:i + size])
-            if parts is None:
-                parts = [end.new_empty(len(mine), *end.shape[1:], device="cpu") for end in ends]
-            for part, end in zip(parts, ends):
-                part[i:i + len(end)] = end
-            tick(min(n, (i + len(batch)) * args.world))
-    return [gather(part, n, args.world, args.device) for part in parts]
 
 
 # ---------- Command line
@@ -383,60 +256,6 @@ def load_run(path, device, raw=False):
 def model_shape(config):
     """(C, H, W) of the images that a run draws."""
     return config["in_channels"], config["image_size"], config["image_size"]
-
-
-def draw(run, args, title, steps, sampler, spacing, hook=None):
-    """args.num images of a run, as sample.py draws them: uint8 (N, C, H, W) on every process.
-
-    hook: function(image indices) -> the `perturb` of `sample`.  args: rank, world, device, seed,
-    num, batch_size.  Raises UserError where the model has fewer time steps.
-    """
-    net, diffusion, config = run[:3]
-    if steps > diffusion.T:
-        raise UserError(f"--steps {steps}: the model was trained with T = {diffusion.T}")
-    shape = model_shape(config)
-    mine = range(args.rank, args.num, args.world)
-    tick, parts = ticker(title, args.num, args.rank == 0), [torch.empty(0, *shape).byte()]
-    for first in range(0, len(mine), args.batch_size):
-        batch = mine[first:first + args.batch_size]
-        noise = image_noise(args.seed, batch, shape, args.device)
-        x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=hook and hook(batch),
-                   progress=lambda i, n: tick((first + len(batch) * i / n) * args.num / len(mine)))
-        parts.append(to_uint8(x).cpu())
-    return gather(torch.cat(parts), args.num, args.world, args.device).numpy()
-
-
-def attacker(net, ascent_steps, diffusion, shape, args, norms):
-    """For `draw`: function(image indices) -> the hook that pushes their states while sampling.
-
-    net: whose denoiser to attack.  ascent_steps: 0 for a random push of the same norm.
-    args: seed, steps, spacing, sampler; share of the steps that is attacked, evenly spread; norm
-        and budget as `trajectory_attack`; eot, how many of the sampler's noises to average over.
-    norms: (num,), filled with each image's largest push, in the ball's own norm and units.
-    """
-    path = visits(diffusion.T, args.steps, args.spacing)
-    pushes = max(1, round(args.share * len(path)))
-    pushed = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
-
-    def hook(batch):
-        # a stream of its own, so that the sampler's noise is that of the images left alone
-        noise, view = image_noise(args.seed, batch, shape, args.device, ATTACK), None
-        if args.eot and ascent_steps:
-            fixed = [noise() for _ in range(args.eot)]
-            view = NextLook(net, diffusion, dict(path), args.sampler, fixed)
-        push = trajectory_attack(view or Denoiser(net, diffusion), diffusion, pushed, noise,
-                                 args.norm, args.budget, ascent_steps)
-
-        def watched(x, t):
-            y = push(x, t)
-            omega = ((y - x) / diffusion.s[t]).flatten(1)
-            size = omega.abs().amax(1) if args.norm == "linf" else mean_square(omega).sqrt()
-            norms[batch] = torch.maximum(norms[batch], size.cpu())
-            return y
-
-        return watched
-
-    return hook
 
 
 def claim_folder(out, provenance, overwrite):

@@ -367,48 +367,6 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
         raise UserError(f"{cache} is damaged: delete it, and it is made anew") from error
 
 
-def same_kind(name, shape, other, wanted):
-    """Raise UserError unless two image shapes (C, H, W) are the same."""
-    if tuple(shape) != tuple(wanted):
-        a, b = (f"{w}x{h} {'grey' if c == 1 else 'RGB'}" for c, h, w in (shape, wanted))
-        raise UserError(f"{name} is {a}, {other} {b}: they must be of one size and colour")
-
-
-def load_as_is(path, cache_dir):
-    """The images of a folder, zip, or npz (arr_0, uint8 NHWC, as sample.py writes it), to measure.
-
-    A uint8 array (N, C, H, W), nothing cropped or resized; decoded ones are memory-mapped from
-    cache_dir. Raises UserError, naming the file, for one that is missing, damaged, of floats, not
-    square, or not of the first one's size and colour.
-    """
-    path = name = Path(path)
-    kind, items = None, []
-    try:
-        if path.suffix == ".npz":
-            array = np.load(path)["arr_0"]
-            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-                raise ValueError(f"arr_0 is {array.dtype} {array.shape}, not uint8 (N, H, W, C)")
-            return array.transpose(0, 3, 1, 2)
-        files, reader = find_source("folder", path, "train")
-        items, read = reader(files)
-        for name in items:
-            image = read(name)
-            if image.mode == "F":
-                raise ValueError("its values are floats, not 8 bits")
-            shape = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
-            kind = kind or shape
-            same_kind(name, shape, items[0], kind)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"{name}: not readable as images ({error})") from error
-    if kind is None:
-        raise UserError(f"no images in {path}" if path.exists() else f"no such file: {path}")
-    if kind[1] != kind[2]:
-        raise UserError(f"{items[0]} is not square")
-    return load_images("folder", kind[1], kind[0], path, cache_dir)
-
-
 CLEAN, NOISY, OUTLIER = 0, 1, 2
 
 
