@@ -32,8 +32,8 @@ from model import UserError, run_cli
 from sample import (ATTACK, Parser, denoise_step, duration, image_noise, load_run, model_shape,
                     number, sample, save_grid, save_npz, setup, start_group, to_uint8, visits,
                     write_atomically)
-from train import (DATASETS, alarm_times, choose_corruption, find_source, load_images, overfit,
-                   training_images)
+from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_source, load_images,
+                   overfit, training_images)
 
 # ---------- Sharing the work, and watching it
 
@@ -170,6 +170,7 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
 
     name: a data set of train.py, a folder, a zip or an npz. None: the run's own data set, clean.
     split: of a data set; "test" is refused where the source is a bare folder or zip.
+    A data set is loaded at the size asked for; its colour has to fit, unless a run set that.
     """
     folder, cache = args.data_dir, args.cache_dir
     if name is None:
@@ -178,6 +179,8 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
         name = config["dataset"]
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
     if name in DATASETS:
+        if config is None and name != "shapes":
+            same_kind(name, (PRESETS[name].get("in_channels", 3), *shape[1:]), "the sample", shape)
         root = Path(folder or f"data/{name}")
         if split == "test" and name not in ("shapes", "celeba") and root.exists() and (
                 find_source(name, root, "test")[0] == find_source(name, root, "train")[0]):
@@ -201,8 +204,7 @@ def open_samples(args):
         args.about.update(run[3])
         return draw(run, args, "drawing", args.steps, args.sampler, args.spacing), run[2]
     images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))[:args.num]
-    # how they were drawn, if sample.py did; the flags did not
-    note = {name: None for name in DRAW}
+    note = dict.fromkeys(DRAW)  # the flags did not draw them; sample.py may have
     with contextlib.suppress(OSError, ValueError):
         note |= json.loads(((path if path.is_dir() else path.parent) / "samples.json").read_text())
     args.about.update(note, num=len(images))
@@ -719,9 +721,8 @@ def few_steps(args):
             print(f"{steps} steps: left out, the model has T = {run[1].T}", file=sys.stderr)
             continue
         title = f"{sampler} {spacing} {steps}"
-        images = draw(run, args, title, steps, sampler, spacing)
-        rows.append({"sampler": sampler, "spacing": spacing, "steps": steps,
-                     **score(images, title)})
+        row = score(draw(run, args, title, steps, sampler, spacing), title)
+        rows.append({"sampler": sampler, "spacing": spacing, "steps": steps, **row})
     return rows
 
 
@@ -762,8 +763,8 @@ def memorization(args):
     """
     images, config = open_samples(args)
     train = open_reference(args.reference, args, images.shape[1:], config)
-    held = args.holdout and open_reference(args.holdout, args, images.shape[1:], split="test",
-                                           label="holdout")
+    held = args.holdout and open_reference(args.holdout, args, images.shape[1:], config, "test",
+                                           "holdout")
     look, width = load_features(args), 2 * math.ceil(3 * args.blur) + 1
 
     def blurred(x, index):
@@ -945,8 +946,7 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
     args.rank, args.local, args.world, args.device = setup(args.device)
-    # where there is float64
-    args.exact = torch.device("cpu") if args.device.type == "mps" else args.device
+    args.exact = torch.device("cpu") if args.device.type == "mps" else args.device  # has float64
     args.about = {name: getattr(args, name) for name in args.about}
     if args.rank == 0:
         print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)

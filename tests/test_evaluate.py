@@ -650,6 +650,8 @@ def test_a_surrogate_of_another_shape(run, in_process, tmp_path):
     (["quality", "P/broken.npz", "--reference", "P/folder"], "broken.npz"),
     (["quality", "P/broken.zip", "--reference", "P/folder"], "broken.zip"),
     (["quality", "P/grey.npz", "--reference", "P/folder"], "grey"),
+    (["quality", "P/grey.npz", "--reference", "cifar10"], "cifar10 is 16x16 RGB"),
+    (["quality", "P/folder", "--reference", "fashion_mnist"], "fashion_mnist is 16x16 grey"),
     (["quality", "P/small.npz", "--reference", "P/folder"], "8x8"),
     (["quality", "P/folder"], "--reference is needed"),
     (["quality", "P/folder", "--reference", "P/folder", "--features", "P/wrong.pt"], "(B, d)"),
