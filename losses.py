@@ -77,6 +77,7 @@ class Perturbation:
     ascent_norm: "linf", sign steps inside the box (paper); "l2", omega along the gradient.
     ascent_step: size of a sign step in units of r. 1.25 is RS-FGSM's (Wong et al. 2020).
     detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
+    share: of the batch that is regularised, in (0, 1], in expectation with the same weight.
     """
 
     reading: str = "sigma"
@@ -88,6 +89,7 @@ class Perturbation:
     ascent_norm: str = "linf"
     ascent_step: float = 1.25
     detach_target: bool = False
+    share: float = 1.0
 
 
 def radius_sigma(s, beta, lam, rho):
@@ -156,6 +158,17 @@ def repeat_randomness(device):
 def random_omega(r, like):
     """omega ~ U[-r, r] per element; r (B, 1, ...), result (B, ...) as `like`."""
     return r * (2 * torch.rand_like(like) - 1)
+
+
+def along_prediction(r, clean):
+    """omega = +- r sqrt(d) eps_theta / |eps_theta|: along the predicted noise, without an ascent.
+
+    clean: eps_theta(x_t, t) (B, ...).  On linear-Gaussian data its covariance is I - C, with C the
+    gain of the denoiser: largest where the data varies least, which is where `ascend` goes too.
+    """
+    either = torch.randn_like(r).sign()
+    length = mean_square(clean).sqrt().clamp(min=1e-6).view_as(r)
+    return r * either * clean.detach() / length.detach()
 
 
 def ascend(omega, net, x_t, s, t, r, clean, cfg, again=lambda: None):
@@ -243,45 +256,56 @@ def dsm(net, diffusion, x0, t, eps, cfg=None):
     return loss, {"dsm": loss.detach()}
 
 
-def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
+def regularised(net, diffusion, x0, t, eps, cfg, direction, equivariant=True):
     """dsm + lam_t |eps_theta(x_t + s omega, t) - eps_theta(x_t, t) - omega|^2.
 
-    adversarial: omega from `ascend`, else random.
+    direction: of omega, "random", "ascent" or "prediction".
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
     x_t = diffusion.diffuse(x0, t, eps)
-    _, s = diffusion.at(t, x_t)
+    k = max(1, round(cfg.share * len(x0)))  # batches are shuffled: their head is a random share
+    x, times = x_t[:k], t[:k]
+    _, s = diffusion.at(times, x)
     r, lam_t = radius_and_weight(s, cfg)
-    omega = random_omega(r, x_t)
+    omega = random_omega(r, x)
 
-    again = repeat_randomness(x_t.device)
-    clean = net(x_t, t)
-    if adversarial:
-        omega = ascend(omega, net, x_t, s, t, r, clean, cfg, again)
+    again = repeat_randomness(x.device)
+    clean = net(x, times)
+    if direction == "ascent":
+        omega = ascend(omega, net, x, s, times, r, clean, cfg, again)
+    elif direction == "prediction":
+        omega = along_prediction(r, clean)
     again()
-    moved = net(x_t + s * omega, t)
+    moved = net(x + s * omega, times)
 
     target = clean.detach() if cfg.detach_target else clean
     residual = mean_square(moved - target - omega if equivariant else moved - target)
-    fit = mean_square(clean - eps).mean()
-    reg = (lam_t.flatten() * residual).mean()
+    fit = mean_square(clean - eps[:k])
+    if k < len(x0):
+        fit = torch.cat([fit, mean_square(net(x_t[k:], t[k:]) - eps[k:])])
+    fit, reg = fit.mean(), (lam_t.flatten() * residual).mean()
     figures = {"dsm": fit, "reg": reg, "residual": residual.mean(), "omega": omega.abs().mean()}
     return fit + reg, {name: value.detach() for name, value in figures.items()}
 
 
 def random(net, diffusion, x0, t, eps, cfg):
     """Random equivariance: omega ~ U[-r, r]."""
-    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=False, equivariant=True)
+    return regularised(net, diffusion, x0, t, eps, cfg, "random")
 
 
 def adv(net, diffusion, x0, t, eps, cfg):
     """Adversarial equivariance, the paper's method: omega moves the prediction most."""
-    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=True, equivariant=True)
+    return regularised(net, diffusion, x0, t, eps, cfg, "ascent")
+
+
+def free(net, diffusion, x0, t, eps, cfg):
+    """Ours: omega along the predicted noise, adversarial at the price of random."""
+    return regularised(net, diffusion, x0, t, eps, cfg, "prediction")
 
 
 def invariant(net, diffusion, x0, t, eps, cfg):
     """A classifier's adversarial training, |eps_theta(x_t + s omega) - eps_theta(x_t)|^2: fails."""
-    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=True, equivariant=False)
+    return regularised(net, diffusion, x0, t, eps, cfg, "ascent", equivariant=False)
 
 
-MODES = {"dsm": dsm, "random": random, "adv": adv, "invariant": invariant}
+MODES = {"dsm": dsm, "random": random, "adv": adv, "free": free, "invariant": invariant}

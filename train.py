@@ -101,6 +101,7 @@ FLAGS = {
         "ascent_norm": (Perturbation.ascent_norm, ["linf", "l2"],
                         "sign steps in the box, or along the gradient"),
         "ascent_step": (Perturbation.ascent_step, size, "size of a sign step, in radii"),
+        "share": (Perturbation.share, number(float, 1e-3, 1), "share of the batch it is applied to"),
         "detach_target": (Perturbation.detach_target, ON_OFF,
                           "no gradient through the unperturbed branch"),
     },
