@@ -77,7 +77,7 @@ class Perturbation:
     ascent_norm: "linf", sign steps inside the box (paper); "l2", omega along the gradient.
     ascent_step: size of a sign step in units of r. 1.25 is RS-FGSM's (Wong et al. 2020).
     detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
-    share: of the batch that is regularised, in (0, 1], in expectation with the same weight.
+    reg_share: of the batch that is regularised, in (0, 1]; its mean stands for the whole.
     """
 
     reading: str = "sigma"
@@ -89,7 +89,7 @@ class Perturbation:
     ascent_norm: str = "linf"
     ascent_step: float = 1.25
     detach_target: bool = False
-    share: float = 1.0
+    reg_share: float = 1.0
 
 
 def radius_sigma(s, beta, lam, rho):
@@ -263,7 +263,7 @@ def regularised(net, diffusion, x0, t, eps, cfg, direction, equivariant=True):
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
     x_t = diffusion.diffuse(x0, t, eps)
-    k = max(1, round(cfg.share * len(x0)))  # batches are shuffled: their head is a random share
+    k = max(1, round(cfg.reg_share * len(x0)))  # batches are shuffled: their head is a random share
     x, times = x_t[:k], t[:k]
     _, s = diffusion.at(times, x)
     r, lam_t = radius_and_weight(s, cfg)

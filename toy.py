@@ -57,6 +57,9 @@ VARIANTS = {
     "adv": ("adv", {}, "adversarial (paper)"),
     "adv_l2": ("adv", {"ascent_norm": "l2"}, "adversarial, l2, 1 step"),
     "adv_l2x3": ("adv", {"ascent_norm": "l2", "ascent_steps": 3}, "adversarial, l2, 3 steps"),
+    "adv_l2_share": ("adv", {"ascent_norm": "l2", "reg_share": 0.3}, "l2, 30 % of each batch"),
+    "free": ("free", {}, "along the prediction"),
+    "free_share": ("free", {"reg_share": 0.5}, "the same, half of a batch"),
     "invariant": ("invariant", {}, "invariance"),
 }
 HELD_OUT = 500
@@ -829,7 +832,8 @@ def parse_args(argv=None):
     p.add_argument("experiment", nargs="?", default="all",
                    choices=["plane", "mixture", "subspace", "memorize", "attack", "why", "all"])
     p.add_argument("--modes", type=modes,
-                   help=f"with commas between, of {','.join(list(VARIANTS)[1:])} (all but adv_l2)")
+                   help=f"with commas between, of {','.join(list(VARIANTS)[1:])} "
+                        "(dsm,random,adv,adv_l2x3,invariant)")
     p.add_argument("--noise_p", type=number(float, 0, 1), help="share of noisy training points")
     p.add_argument("--noise_std", type=number(float, 0), help="standard deviation of their noise")
     p.add_argument("--outlier_p", type=number(float, 0, 1), help="share of outliers")

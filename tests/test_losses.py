@@ -368,3 +368,46 @@ def test_trajectory_attack_moves_the_denoised_estimate_further_than_chance():
 
     for norm in ("linf", "l2"):
         assert moved(norm, 5) > 1.2 * moved(norm, 0)
+
+
+def test_along_prediction_has_the_corners_length_and_both_signs():
+    torch.manual_seed(0)
+    clean, r = torch.randn(64, 3, 4, 4), torch.rand(64, 1, 1, 1)
+    omega = losses.along_prediction(r, clean)
+    assert omega.square().mean((1, 2, 3)).sqrt() == pytest.approx(r.flatten(), rel=1e-5)
+    cosine = nn.functional.cosine_similarity(omega.flatten(1), clean.flatten(1))
+    assert cosine.abs() == pytest.approx(torch.ones(64), rel=1e-5)
+    assert 16 < (cosine > 0).sum() < 48
+    assert torch.equal(losses.along_prediction(r, torch.zeros_like(clean)), torch.zeros_like(clean))
+
+
+@pytest.mark.parametrize("mode", ["random", "adv", "free"])
+def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode):
+    """The rest's gradient is dsm's; the head's is the whole objective's on the head alone."""
+    torch.manual_seed(0)
+    net, diffusion = small_unet(), Diffusion()
+    x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
+
+    def gradients(mode, rows, cfg):
+        torch.manual_seed(1)
+        loss, figures = MODES[mode](net, diffusion, x0[rows], t[rows], eps[rows], cfg)
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        return figures, torch.cat([g.flatten() for g in grads])
+
+    shared, got = gradients(mode, slice(None), Perturbation(reg_share=0.25))
+    head, of_head = gradients(mode, slice(2), Perturbation())
+    _, of_head_dsm = gradients("dsm", slice(2), None)
+    whole_dsm, of_all_dsm = gradients("dsm", slice(None), None)
+    assert shared["dsm"] == pytest.approx(whole_dsm["dsm"].item(), rel=1e-5)
+    assert shared["reg"] == pytest.approx(head["reg"].item(), rel=1e-5)
+    assert torch.allclose(got, of_all_dsm + of_head - of_head_dsm, rtol=1e-3, atol=1e-5)
+
+
+def test_a_share_keeps_the_dropout_mask_of_its_branches():
+    torch.manual_seed(0)
+    net, diffusion = small_unet(dropout=0.5).train(), Diffusion()
+    x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
+    # so small a radius that only different masks could leave a residual
+    cfg = Perturbation(reg_share=0.5, beta_min=1e-4, beta_max=1e-4)
+    _, figures = MODES["random"](net, diffusion, x0, t, eps, cfg)
+    assert figures["residual"] < 1e-3
