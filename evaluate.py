@@ -33,7 +33,7 @@ from sample import (ATTACK, Parser, denoise_step, duration, image_noise, load_ru
                     number, sample, save_grid, save_npz, setup, start_group, to_uint8, visits,
                     write_atomically)
 from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_source, load_images,
-                   overfit, training_images)
+                   overfit, settle, training_images)
 
 # ---------- Sharing the work, and watching it
 
@@ -118,6 +118,18 @@ def extract(images, look, args, title):
     return [gather(part, n, args.world, args.device) for part in parts]
 
 
+def check_writable(path):
+    """Make a file's folder; UserError, before the work and not after it, if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 # ---------- Images: uint8 arrays (N, C, H, W), memory-mapped where they come from files
 
 CACHE = "out/cache"
@@ -173,11 +185,11 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
     A data set is loaded at the size asked for; its colour has to fit, unless a run set that.
     """
     folder, cache = args.data_dir, args.cache_dir
-    if name is None:
-        if config is None:
-            raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
+    if config and name in (None, config["dataset"]):
         name = config["dataset"]
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
+    if name is None:
+        raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
     if name in DATASETS:
         if config is None and name != "shapes":
             same_kind(name, (PRESETS[name].get("in_channels", 3), *shape[1:]), "the sample", shape)
@@ -195,20 +207,40 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
     return images
 
 
+def open_run(path, args, *steps):
+    """(net, its Diffusion, its settings as `train.settle` completes them); the weights are noted.
+
+    Raises UserError as `load_run`, for a foreign config, or for more sampling steps than T.
+    """
+    net, diffusion, config, origin = load_run(path, args.device, args.raw)
+    try:
+        config = settle({}, {"dataset": None} | config)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: its config is not one of train.py") from error
+    for many in steps:
+        if many > diffusion.T:
+            raise UserError(f"--steps {many}: the model was trained with T = {diffusion.T}")
+    args.about.update(origin)
+    return net, diffusion, config
+
+
 def open_samples(args):
-    """SAMPLES, drawn first if it is a run: (images, the run's config or None)."""
+    """SAMPLES: (shape (C, H, W), function that returns the images, the run's settings or None).
+
+    A run is drawn from by that function: after whatever can be wrong has been found.
+    """
     path = Path(args.samples)
     if (path / "ckpt.pt").exists() or path.suffix == ".pt":
-        run = load_run(path, args.device, args.raw)
+        run = open_run(path, args, args.steps)
         args.about["num"] = args.num = args.num or 50_000
-        args.about.update(run[3])
-        return draw(run, args, "drawing", args.steps, args.sampler, args.spacing), run[2]
+        return model_shape(run[2]), lambda: draw(run, args, "drawing", args.steps, args.sampler,
+                                                 args.spacing), run[2]
     images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))[:args.num]
     note = dict.fromkeys(DRAW)  # the flags did not draw them; sample.py may have
     with contextlib.suppress(OSError, ValueError):
         note |= json.loads(((path if path.is_dir() else path.parent) / "samples.json").read_text())
     args.about.update(note, num=len(images))
-    return images, None
+    return images.shape[1:], lambda: images, None
 
 
 # ---------- Feature networks: FID's Inception, DINOv2, or any other
@@ -467,11 +499,9 @@ def draw(run, args, title, steps, sampler, spacing, hook=None):
     """args.num images of a run, as sample.py draws them: uint8 (N, C, H, W) on every process.
 
     hook: function(image indices) -> the `perturb` of `sample`.  args: rank, world, device, seed,
-    num, batch_size.  Raises UserError where the model has fewer time steps.
+    num, batch_size.
     """
-    net, diffusion, config = run[:3]
-    if steps > diffusion.T:
-        raise UserError(f"--steps {steps}: the model was trained with T = {diffusion.T}")
+    net, diffusion, config = run
     shape = model_shape(config)
     mine = range(args.rank, args.num, args.world)
     tick, parts = ticker(title, args.num, args.rank == 0), [torch.empty(0, *shape).byte()]
@@ -611,16 +641,6 @@ def residual_noise(images):
     return middle.double().mean().item() / BINS / 0.6745
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Make a file's folder; a UserError if that, or what follows, cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
 def describe(images, look, args, title, keep=False):
     """What the figures need of a set (N, C, H, W): a dict of tensors, on the first process alone.
 
@@ -635,6 +655,8 @@ def describe(images, look, args, title, keep=False):
     # the first process decides for all
     found = torch.tensor([keep and path.exists()])
     found = gather(found, args.world, args.world, args.device)[0]
+    if keep and not found:
+        check_writable(path)
     rows, *logits = (None,) if found else extract(images, look, args, title)
     if args.rank:
         return {}
@@ -650,8 +672,7 @@ def describe(images, look, args, title, keep=False):
     stats = {"features": rows, "mean": mean, "cov": cov, "radii": nearest[:, -1].sqrt(),
              "residual_noise": torch.tensor(residual_noise(images), dtype=torch.float64)}
     if keep:
-        with writing(path):
-            write_atomically(path, lambda temporary: save_npz(temporary, **stats))
+        write_atomically(path, lambda temporary: save_npz(temporary, **stats))
     return {**stats, "logits": logits[0] if logits else None}
 
 
@@ -705,21 +726,16 @@ def scorer(args, shape, config=None):
 
 def quality(args):
     """FID, IS, KID, precision, recall and residual noise of a set of images, or of a run."""
-    images, config = open_samples(args)
-    return [scorer(args, images.shape[1:], config)(images, "samples")]
+    shape, load, config = open_samples(args)
+    score = scorer(args, shape, config)
+    return [score(load(), "samples")]
 
 
 def few_steps(args):
     """The quality figures for each number of sampling steps, sampler and spacing."""
-    run = load_run(args.run, args.device, args.raw)
-    args.about.update(run[3])
-    if min(args.steps) > run[1].T:
-        raise UserError(f"--steps {min(args.steps)}: the model was trained with T = {run[1].T}")
+    run = open_run(args.run, args, *args.steps)
     score, rows = scorer(args, model_shape(run[2]), run[2]), []
     for sampler, spacing, steps in itertools.product(args.sampler, args.spacing, args.steps):
-        if steps > run[1].T:
-            print(f"{steps} steps: left out, the model has T = {run[1].T}", file=sys.stderr)
-            continue
         title = f"{sampler} {spacing} {steps}"
         row = score(draw(run, args, title, steps, sampler, spacing), title)
         rows.append({"sampler": sampler, "spacing": spacing, "steps": steps, **row})
@@ -732,9 +748,8 @@ def attack(args):
     Beside them the same seeds left alone, and pushed at random by the same norm. mse: to the images
     left alone, on the [-1, 1] scale. norm_min, norm_max: of the images' largest omegas.
     """
-    run = load_run(args.run, args.device, args.raw)
+    run = open_run(args.run, args, args.steps)
     shape, rows = model_shape(run[2]), []
-    args.about.update(run[3])
     attacks = {"none": None, "random": (run[0], 0), "white box": (run[0], args.attack_steps)}
     if args.surrogate:
         net, _, config, args.about["surrogate"] = load_run(args.surrogate, args.device, args.raw)
@@ -761,14 +776,17 @@ def memorization(args):
     above .9, .95, .99. Beside it held-out images, the curve of an honest model, and the samples
     blurred, since smoothness alone changes similarity. Exact duplicates in training count once.
     """
-    images, config = open_samples(args)
-    train = open_reference(args.reference, args, images.shape[1:], config)
-    held = args.holdout and open_reference(args.holdout, args, images.shape[1:], config, "test",
-                                           "holdout")
-    look, width = load_features(args), 2 * math.ceil(3 * args.blur) + 1
+    shape, load, config = open_samples(args)
+    reach = math.ceil(3 * args.blur)
+    if reach >= shape[-1]:
+        raise UserError(f"--blur {args.blur}: too wide for images of {shape[-1]} pixels a side")
+    train = open_reference(args.reference, args, shape, config)
+    held = args.holdout and open_reference(args.holdout, args, shape, config, "test", "holdout")
+    look = load_features(args)
+    images = load()
 
     def blurred(x, index):
-        return look(gaussian_blur(x, width, args.blur), index)
+        return look(gaussian_blur(x, 2 * reach + 1, args.blur), index)
 
     sets = {"training set": (train, look), "samples": (images, look), "blurred": (images, blurred)}
     sets |= {"held out": (held, look)} if args.holdout else {}
@@ -798,8 +816,7 @@ def memorization(args):
         if name == "samples":
             closest = (d1 / d2).nan_to_num(1).argsort()[:32].numpy()
             pairs = np.stack([images[closest], train[once[near[closest, 0].numpy()]]], axis=1)
-    with writing(args.pairs):
-        save_grid(pairs.reshape(-1, *images.shape[1:]), args.pairs)
+    save_grid(pairs.reshape(-1, *shape), args.pairs)
     print(f"{args.pairs}: pairs of a sample and its nearest training image, least d1 / d2 first")
     return rows
 
@@ -810,10 +827,10 @@ def denoise(args):
     One-shot: D(x_t). Ancestral: DDPM steps from t down. psnr: dB, peak 2, the mean over images;
     residual: `residual_noise`, std on the [-1, 1] scale.
     """
-    net, diffusion, config, origin = load_run(args.run, args.device, args.raw)
+    net, diffusion, config = open_run(args.run, args)
     shape, rows = model_shape(config), []
     images = open_reference(args.reference, args, shape, config, split="test")[:args.num]
-    args.about.update(origin, num=len(images))
+    args.about["num"] = len(images)
     levels = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()
     for std in args.noise_std:
         t = (levels - std).abs().argmin().item()
@@ -842,10 +859,10 @@ def alarm(args):
 
     On the first --num training images as training saw them, see `train.overfit`.
     """
-    net, diffusion, config, origin = load_run(args.run, args.device, raw=True)
+    net, diffusion, config = open_run(args.run, args)
     images = open_reference(None, args, model_shape(config), config)
     index = np.arange(min(args.num, len(images)))
-    args.about.update(origin, num=len(index))
+    args.about["num"] = len(index)
     kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"], config["seed"])
     x0 = training_images(images, index, kinds, config["noise_std"], config["seed"])
     cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
@@ -857,7 +874,14 @@ def alarm(args):
 
 # ---------- Command line
 
-positive, whole = number(float, 1e-9), number(int, 1)
+positive, whole, ten = number(float, 1e-9), number(int, 1), number(int, 10)
+
+
+def png(text):
+    """An argparse type: the path of a PNG."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)
 
 
 def listed(kind, *choices):
@@ -878,11 +902,11 @@ FLAGS = {
     "holdout": (None, str, "held-out images, likewise; of a data set the test split"),
     "data_dir": (None, str, "folder or zip of the data set that --reference names"),
     "cache_dir": (None, str, f"for decoded images and statistics; None: the run's, or {CACHE}"),
-    "reference_num": (None, whole, "only the first so many images of it; None: all"),
+    "reference_num": (None, ten, "only the first so many images of it; None: all"),
     "features": ("inception", str, "inception; random: untrained, offline, not comparable; dinov2; "
                                    "pixels; or FILE.pt, TorchScript uint8 NCHW -> (B, d)"),
     "inception": (None, str, "file of the Inception's weights; None: fetched by torch.hub"),
-    "num": (None, whole, "images to draw, or take; None: 50000 to draw, all to take"),
+    "num": (None, ten, "images to draw, or take; None: 50000 to draw, all to take"),
     "sampler": ("ddim", ["ddim", "ddpm"], "deterministic, or ancestral"),
     "steps": (100, whole, "network calls per image"),
     "spacing": ("respaced", ["respaced", "naive"], "of the sampler, see sample.py"),
@@ -895,7 +919,7 @@ FLAGS = {
     "eot": (0, number(int, 0), "attack D after the next step, mean over so many noises; 0: D now"),
     "surrogate": (None, str, "second run, to attack through as well (transfer)"),
     "blur": (1.0, positive, "std of the blurred control, in pixels"),
-    "pairs": (Path("out/memorization.png"), Path, "PNG of the closest pairs"),
+    "pairs": (Path("out/memorization.png"), png, "PNG of the closest pairs"),
     "noise_std": ([0.1, 0.2], listed(positive), "std of the noise on the [-1, 1] scale"),
     "batch_size": (50, whole, "images at a time, per process; does not change the figures"),
     "device": ("auto", str, "cpu, cuda, cuda:1, mps"),
@@ -910,14 +934,14 @@ COMMANDS = {
     "memorization": (memorization, "samples", [*QUALITY, "holdout", "blur", "pairs"],
                      {"features": ("pixels", *FLAGS["features"][1:])}),
     "attack": (attack, "run", [*QUALITY, "norm", "budget", "attack_steps", "share", "eot",
-                               "surrogate"], {"num": (5000, whole, "images to draw")}),
+                               "surrogate"], {"num": (5000, ten, "images to draw")}),
     "steps": (few_steps, "run", QUALITY, {
-        "num": (5000, whole, "images to draw"),
+        "num": (5000, ten, "images to draw"),
         "steps": ([1000, 500, 300, 100, 50, 20, 10], listed(whole), "network calls per image"),
         "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "samplers"),
         "spacing": (["respaced"], listed(str, "respaced", "naive"), "spacings")}),
     "denoise": (denoise, "run", ["reference", "data_dir", "cache_dir", "num", "seed", "raw",
-                                 "noise_std"], {"num": (1000, whole, "held-out images")}),
+                                 "noise_std"], {"num": (1000, ten, "held-out images")}),
     "overfit": (alarm, "run", ["data_dir", "cache_dir", "num"],
                 {"num": (16, whole, "training images")}),
 }
@@ -930,6 +954,9 @@ def parse_args(argv=None):
     for name, (function, subject, flags, special) in COMMANDS.items():
         text = " ".join(function.__doc__.split())
         q = commands.add_parser(name, help=text.split(". ")[0], description=text)
+        # for a command without these flags; those that it has set their own
+        q.set_defaults(about=["command", subject, *flags], reference_num=None, pairs=None,
+                       raw=name == "overfit")
         q.add_argument(subject, help="run folder of train.py, or a checkpoint file" + (
             "; or images: folder, zip or npz" if subject == "samples" else ""))
         for flag in [*flags, *MACHINE]:
@@ -938,7 +965,6 @@ def parse_args(argv=None):
             options = {"choices": kind} if isinstance(kind, list) else {"type": kind}
             q.add_argument(f"--{flag}", default=default, help=f"{text} ({shown})",
                            **(options if kind else {"action": "store_true"}))
-        q.set_defaults(about=["command", subject, *flags], reference_num=None)
     return p.parse_args(argv)
 
 
@@ -950,6 +976,9 @@ def main(argv=None):
     args.about = {name: getattr(args, name) for name in args.about}
     if args.rank == 0:
         print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
+        for path in (args.json, args.pairs):
+            if path:
+                check_writable(path)
     if args.world > 1:
         start_group(args.device)
     rows = COMMANDS[args.command][0](args)
@@ -967,9 +996,8 @@ def main(argv=None):
     if args.json:
         data = {**(rows[0] if args.command == "quality" else {"rows": rows}),
                 "provenance": args.about}
-        with writing(args.json):
-            write_atomically(args.json, lambda temporary: temporary.write_text(
-                json.dumps(data, indent=2, default=str) + "\n"))
+        text = json.dumps(data, indent=2, default=str) + "\n"
+        write_atomically(args.json, lambda temporary: temporary.write_text(text))
 
 
 if __name__ == "__main__":
