@@ -1,7 +1,7 @@
 """Measure a set of images or a trained model, and test the claims on it.
 
     python evaluate.py quality out/cifar10-adv/samples --reference cifar10
-    python evaluate.py attack out/cifar10-adv --norm l2 --budget 0.5
+    python evaluate.py attack out/cifar10-adv --norm l2 --budget 0.1
     torchrun --nproc_per_node=8 -- evaluate.py quality out/cifar10-adv --num 50000
 
 The commands: quality, memorization, attack, steps, denoise, overfit; each has its own -h. Under
@@ -29,7 +29,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from losses import Denoiser, Perturbation, mean_square, trajectory_attack
 from model import UserError, run_cli
-from sample import (ATTACK, Parser, denoise_step, duration, image_noise, load_run, model_shape,
+from sample import (ATTACK, EOT, Parser, denoise_step, duration, image_noise, load_run, model_shape,
                     number, sample, save_grid, save_npz, setup, start_group, to_uint8, visits,
                     write_atomically)
 from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_source, load_images,
@@ -88,17 +88,17 @@ def ticker(title, total, lead=True):
 
 
 @full_precision()
-def extract(images, look, args, title):
+def extract(images, look, args, title, chosen=None):
     """What look(uint8 (B, C, H, W), indices) returns, over all: list of CPU tensors (N, ...).
 
-    images: anything with uint8 (B, C, H, W) at an index array. Under torchrun each process looks
-    at its share, and all of them get the whole. The next batch is read during this one.
-    Raises UserError for fewer than 10 images, which no figure can stand on.
+    images: anything with uint8 (B, C, H, W) at an index array.  chosen: only those (N,) indices.
+    Under torchrun each process looks at its share, and all of them get the whole. The next batch
+    is read during this one.
     """
-    n, size = len(images), args.batch_size
-    if n < 10:
-        raise UserError(f"{title}: {n} images, at least 10 are needed")
-    mine = np.arange(args.rank, n, args.world)
+    chosen = np.arange(len(images)) if chosen is None else chosen
+    n, size = len(chosen), args.batch_size
+    # a process beyond the last image looks at an earlier one, which gather() leaves out
+    mine = chosen[args.rank % n::args.world]
     tick, parts = ticker(title, n, args.rank == 0), None
 
     def fetch(i):
@@ -135,11 +135,24 @@ def check_writable(path):
 CACHE = "out/cache"
 
 
+def form(shape):
+    """(C, H, W) -> "28x28 grey"."""
+    return f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'RGB'}"
+
+
 def same_kind(name, shape, other, wanted):
     """Raise UserError unless two image shapes (C, H, W) are the same."""
     if tuple(shape) != tuple(wanted):
-        a, b = (f"{w}x{h} {'grey' if c == 1 else 'RGB'}" for c, h, w in (shape, wanted))
-        raise UserError(f"{name} is {a}, {other} {b}: they must be of one size and colour")
+        raise UserError(f"{name} is {form(shape)}, {other} {form(wanted)}: they must be of one "
+                        "size and colour")
+
+
+def take(images, num, flag, name):
+    """The first `num` images, None: all; UserError if that is not there, or is below 10."""
+    if len(images) < (num or 10):
+        asked = f"--{flag} asks for {num}" if num else "at least 10 are needed"
+        raise UserError(f"{name}: {len(images)} images, {asked}")
+    return images[:num]
 
 
 def load_as_is(path, cache_dir):
@@ -150,7 +163,7 @@ def load_as_is(path, cache_dir):
     square, or not of the first one's size and colour.
     """
     path = name = Path(path)
-    kind, items = None, []
+    kinds = {}
     try:
         if path.suffix == ".npz":
             array = np.load(path)["arr_0"]
@@ -163,18 +176,17 @@ def load_as_is(path, cache_dir):
             image = read(name)
             if image.mode == "F":
                 raise ValueError("its values are floats, not 8 bits")
-            shape = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
-            kind = kind or shape
-            same_kind(name, shape, items[0], kind)
-    except UserError:
-        raise
+            kinds[name] = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{name}: not readable as images ({error})") from error
-    if kind is None:
+    if not kinds:
         raise UserError(f"no images in {path}" if path.exists() else f"no such file: {path}")
-    if kind[1] != kind[2]:
+    channels, height, width = shape = kinds[items[0]]
+    if height != width:
         raise UserError(f"{items[0]} is not square")
-    return load_images("folder", kind[1], kind[0], path, cache_dir)
+    for name in items:
+        same_kind(name, kinds[name], items[0], shape)
+    return load_images("folder", width, channels, path, cache_dir)
 
 
 def open_reference(name, args, shape, config=None, split="train", label="reference"):
@@ -182,28 +194,34 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
 
     name: a data set of train.py, a folder, a zip or an npz. None: the run's own data set, clean.
     split: of a data set; "test" is refused where the source is a bare folder or zip.
-    A data set is loaded at the size asked for; its colour has to fit, unless a run set that.
+    A data set is made as the run's images are, and the provenance says so; without a run, its own
+    size and colour have to fit.
     """
-    folder, cache = args.data_dir, args.cache_dir
+    folder, cache, resized = args.data_dir, args.cache_dir, ""
     if config and name in (None, config["dataset"]):
         name = config["dataset"]
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
     if name is None:
         raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
     if name in DATASETS:
-        if config is None and name != "shapes":
-            same_kind(name, (PRESETS[name].get("in_channels", 3), *shape[1:]), "the sample", shape)
+        size = PRESETS[name].get("image_size", shape[1])
+        own = shape if name == "shapes" else (PRESETS[name].get("in_channels", 3), size, size)
+        if config is None:
+            same_kind(name, own, "the sample", shape)
+        elif own != shape:
+            resized = f", made {form(shape)} of {form(own)}"
         root = Path(folder or f"data/{name}")
         if split == "test" and name not in ("shapes", "celeba") and root.exists() and (
                 find_source(name, root, "test")[0] == find_source(name, root, "train")[0]):
             raise UserError(f"{root} has no test split: name held-out images, a folder, zip or npz")
         images = first_here(args, lambda: load_images(name, *shape[1::-1], folder, cache, split))
-        name = f"{name} {split}"
+        name = f"{name} {split}{resized}"
     else:
         images = first_here(args, lambda: load_as_is(name, args.cache_dir or CACHE))
     same_kind(name, images.shape[1:], "the sample", shape)
-    images = images[:args.reference_num if label == "reference" else None]
-    args.about.update({label: name, f"{label}_num": len(images)})
+    num = args.reference_num if label == "reference" else None
+    images = take(images, num, "reference_num", label)
+    args.about.update({label: name, f"{label}_num": len(images), "image": form(shape)})
     return images
 
 
@@ -235,7 +253,8 @@ def open_samples(args):
         args.about["num"] = args.num = args.num or 50_000
         return model_shape(run[2]), lambda: draw(run, args, "drawing", args.steps, args.sampler,
                                                  args.spacing), run[2]
-    images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))[:args.num]
+    images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))
+    images = take(images, args.num, "num", "samples")
     note = dict.fromkeys(DRAW)  # the flags did not draw them; sample.py may have
     with contextlib.suppress(OSError, ValueError):
         note |= json.loads(((path if path.is_dir() else path.parent) / "samples.json").read_text())
@@ -465,15 +484,17 @@ def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
     same: x is y, and a row is no neighbour of itself; a duplicate of it is one, at distance 0.
     """
     device, tick = args.exact, ticker(title, len(x))
+    wide = max(1, x.shape[1] // 2048)
+    few, many = max(1, ROWS // wide), max(1, COLUMNS // wide)
     minus = torch.zeros(len(y)) if radii is None else radii.square()
     found = []
-    for i in range(0, len(x), ROWS):
-        a = prepare(x[i:i + ROWS].to(device).float())
+    for i in range(0, len(x), few):
+        a = prepare(x[i:i + few].to(device).float())
         value = torch.empty(len(a), 0, device=device)
         index = value.long()
-        for j in range(0, len(y), COLUMNS):
-            b = prepare(y[j:j + COLUMNS].to(device).float())
-            row = b.square().sum(1) - minus[j:j + COLUMNS].to(b)
+        for j in range(0, len(y), many):
+            b = prepare(y[j:j + many].to(device).float())
+            row = b.square().sum(1) - minus[j:j + many].to(b)
             new = torch.addmm(row[None], a, b.T, alpha=-2)
             if same:
                 low, high = max(i, j), min(i + len(a), j + len(b))
@@ -482,7 +503,8 @@ def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
             value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
         value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
         index = index.gather(1, at).cpu()
-        for rows, near, far in zip(a.split(256), index.split(256), value.isinf().split(256)):
+        part = max(1, 256 // wide)
+        for rows, near, far in zip(*(s.split(part) for s in (a, index, value.isinf()))):
             b = prepare(y[near.flatten()].to(device).float()).view(*near.shape, -1)
             exact = (rows[:, None].double() - b.double()).square().sum(-1).cpu() - minus[near]
             exact, order = exact.masked_fill(far.cpu(), math.inf).sort(dim=1)
@@ -519,6 +541,7 @@ class NextLook(nn.Module):
 
     (x (B, ...), t (B,) of one value) -> (B, ...). after: dict t -> prev, the times that the
     sampler visits; noises: a draw of the sampler's noise each, kept while an attack ascends.
+    For a step without noise, one look; else len(noises) of them, and a call of the network before.
     """
 
     def __init__(self, net, diffusion, after, sampler, noises):
@@ -527,12 +550,15 @@ class NextLook(nn.Module):
         self.after, self.sampler, self.noises = after, sampler, noises
 
     def forward(self, x, t):
-        look, net, diffusion = 0, self.denoiser.net, self.denoiser.diffusion
-        now, prev = t[0].item(), self.after[t[0].item()]
-        for noise in self.noises:
-            y = denoise_step(net, diffusion, x, now, prev, self.sampler, lambda: noise)
-            look = look + (y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
-        return look / len(self.noises)
+        now = t[0].item()
+        prev = self.after[now]
+        eps = self.denoiser.net(x, t)
+        looks = []
+        for noise in self.noises if self.sampler == "ddpm" and prev >= 0 else self.noises[:1]:
+            y = denoise_step(lambda x, t: eps, self.denoiser.diffusion, x, now, prev, self.sampler,
+                             lambda: noise)
+            looks.append(y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
+        return sum(looks) / len(looks)
 
 
 def attacker(net, ascent_steps, diffusion, shape, args, norms):
@@ -548,10 +574,11 @@ def attacker(net, ascent_steps, diffusion, shape, args, norms):
     pushed = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
 
     def hook(batch):
-        # a stream of its own, so that the sampler's noise is that of the images left alone
+        # streams of their own, so that the sampler's noise is that of the images left alone
         noise, view = image_noise(args.seed, batch, shape, args.device, ATTACK), None
         if args.eot and ascent_steps:
-            fixed = [noise() for _ in range(args.eot)]
+            coming = image_noise(args.seed, batch, shape, args.device, EOT)
+            fixed = [coming() for _ in range(args.eot)]
             view = NextLook(net, diffusion, dict(path), args.sampler, fixed)
         push = trajectory_attack(view or Denoiser(net, diffusion), diffusion, pushed, noise,
                                  args.norm, args.budget, ascent_steps)
@@ -622,23 +649,32 @@ def kid(fake, real, subsets=100, size=1000, seed=2020):
 BINS = 4080
 
 
-def residual_noise(images):
+def haar_counts(x):
+    """Histogram, long (8 BINS,), of |finest diagonal Haar coefficients| of images (B, C, H, W).
+
+    x: float in [-1, 1]. Coefficients: (a - b - c + d) / 2 of 2x2 pixels, channels alike.
+    """
+    a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
+                  for i in (0, 1) for j in (0, 1))
+    index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
+    return torch.bincount(index.flatten().cpu(), minlength=8 * BINS)
+
+
+def noise_std(counts):
     """Donoho's estimate of the noise's std on the [-1, 1] scale: median |coefficient| / 0.6745.
 
-    images: uint8 array or float tensor in [-1, 1] (N, C, H, W). One median over the finest
-    diagonal Haar coefficients of all images and channels, (a - b - c + d) / 2 of 2x2 pixels.
+    counts: of `haar_counts`, summed over images: one median over all of them.
     """
-    counts = torch.zeros(8 * BINS, dtype=torch.long)
-    for i in range(0, len(images), 1000):
-        x = images[i:i + 1000]
-        x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x)).float() / 127.5 - 1
-        a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
-                      for i in (0, 1) for j in (0, 1))
-        index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
-        counts += torch.bincount(index.flatten(), minlength=8 * BINS)
     below, n = counts.cumsum(0), counts.sum().item()
     middle = torch.searchsorted(below, torch.tensor([(n + 1) // 2, n // 2 + 1]))
     return middle.double().mean().item() / BINS / 0.6745
+
+
+def residual_noise(images):
+    """`noise_std` of uint8 images (N, C, H, W)."""
+    size = max(1, 2**24 // math.prod(images.shape[1:]))
+    return noise_std(sum(haar_counts(torch.from_numpy(images[i:i + size] / np.float32(127.5) - 1))
+                         for i in range(0, len(images), size)))
 
 
 def describe(images, look, args, title, keep=False):
@@ -716,6 +752,9 @@ def figures(fake, real, args):
 def scorer(args, shape, config=None):
     """--reference described once: function (images, title) -> their `figures` against it."""
     images = open_reference(args.reference, args, shape, config)
+    if args.features == "pixels" and math.prod(shape) > 8192:
+        raise UserError(f"--features pixels: {math.prod(shape)} values an image, at most 8192 have "
+                        "a covariance to compute with")
     look = load_features(args)
     real = describe(images, look, args, "reference", keep=True)
     return lambda images, title: figures(describe(images, look, args, title), real, args)
@@ -788,15 +827,16 @@ def memorization(args):
     def blurred(x, index):
         return look(gaussian_blur(x, 2 * reach + 1, args.blur), index)
 
-    sets = {"training set": (train, look), "samples": (images, look), "blurred": (images, blurred)}
+    _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
+    once.sort()
+    args.about["duplicates_left_out"] = len(train) - len(once)
+    base = extract(train, look, args, "training set", once)[0]
+    sets = {"samples": (images, look), "blurred": (images, blurred)}
     sets |= {"held out": (held, look)} if args.holdout else {}
     sets = {name: extract(*some, args, name)[0] for name, some in sets.items()}
-    base = sets.pop("training set")
     if args.rank:
         return []
-    _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
-    args.about["duplicates_left_out"] = len(train) - len(once)
-    base, pixels, rows = base[once], args.features == "pixels", []
+    pixels, rows = args.features == "pixels", []
     mean = mean_of(base).float().to(args.exact)
 
     def centred(x):
@@ -829,27 +869,33 @@ def denoise(args):
     """
     net, diffusion, config = open_run(args.run, args)
     shape, rows = model_shape(config), []
-    images = open_reference(args.reference, args, shape, config, split="test")[:args.num]
+    images = open_reference(args.reference, args, shape, config, split="test")
+    images = take(images, args.num or min(1000, len(images)), "num", "held-out images")
     args.about["num"] = len(images)
     levels = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()
     for std in args.noise_std:
         t = (levels - std).abs().argmin().item()
+        counts = torch.zeros(3, 8 * BINS, dtype=torch.long)
 
         def look(batch, index):
             clean = batch.float() / 127.5 - 1
             noisy = clean + std * image_noise(args.seed, index, shape, args.device, ATTACK)()
             x = diffusion.sqrt_a[t] * noisy
-            once = Denoiser(net, diffusion)(x, torch.full((len(x),), t, device=x.device))
+            batch_t = torch.full((len(x),), t, device=x.device)
+            once = diffusion.x0_from_eps(x, batch_t, net(x, batch_t))
             noise = image_noise(args.seed, index, shape, args.device)
             for now in range(t, -1, -1):
                 x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
             ends = [noisy, once.clamp(-1, 1), x.clamp(-1, 1)]
-            return [*ends, *(-10 * (mean_square(end - clean) / 4).log10() for end in ends)]
+            counts.add_(torch.stack([haar_counts(end) for end in ends]))
+            return [-10 * (mean_square(end - clean) / 4).log10() for end in ends]
 
-        ends = extract(images, look, args, f"noise {std}")
+        psnrs = extract(images, look, args, f"noise {std}")
+        # a process beyond the last image has looked at one that is not its own
+        parts = gather(counts[None], args.world, args.world, args.device)[:len(images)]
         row = {"noise_std": std, "t": t, "clean residual": residual_noise(images)}
-        for kind, x, psnr in zip(("input", "one-shot", "ancestral"), ends[:3], ends[3:]):
-            row |= {f"{kind} psnr": psnr.mean().item(), f"{kind} residual": residual_noise(x)}
+        for name, psnr, part in zip(("input", "one-shot", "ancestral"), psnrs, parts.sum(0)):
+            row |= {f"{name} psnr": psnr.mean().item(), f"{name} residual": noise_std(part)}
         rows.append(row)
     return rows
 
@@ -913,10 +959,11 @@ FLAGS = {
     "seed": (0, number(int, 0), "seed of image 0, 1, ..."),
     "raw": (False, None, "raw weights instead of the EMA"),
     "norm": ("l2", ["l2", "linf"], "the attack's ball"),
-    "budget": (0.5, positive, "its radius in units of s_t, a root mean square or largest element"),
+    "budget": (0.1, positive, "its radius in units of s_t, a root mean square or largest element"),
     "attack_steps": (5, whole, "ascent steps"),
     "share": (0.5, number(float, 1e-9, 1), "of the sampling steps that is attacked, evenly spread"),
-    "eot": (0, number(int, 0), "attack D after the next step, mean over so many noises; 0: D now"),
+    "eot": (1, number(int, 0), "attack D after the next step, clipping included, in the mean over "
+                               "so many noises of ddpm; 0: D now, which overlooks the clipping"),
     "surrogate": (None, str, "second run, to attack through as well (transfer)"),
     "blur": (1.0, positive, "std of the blurred control, in pixels"),
     "pairs": (Path("out/memorization.png"), png, "PNG of the closest pairs"),
@@ -941,7 +988,8 @@ COMMANDS = {
         "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "samplers"),
         "spacing": (["respaced"], listed(str, "respaced", "naive"), "spacings")}),
     "denoise": (denoise, "run", ["reference", "data_dir", "cache_dir", "num", "seed", "raw",
-                                 "noise_std"], {"num": (1000, ten, "held-out images")}),
+                                 "noise_std"],
+                {"num": (None, ten, "held-out images; None: 1000, or all")}),
     "overfit": (alarm, "run", ["data_dir", "cache_dir", "num"],
                 {"num": (16, whole, "training images")}),
 }

@@ -135,7 +135,7 @@ FLAGS = {
     "reports, each in steps, 0 is off": {
         "log_every": (100, natural, "a line on the screen and in log.jsonl"),
         "sample_every": (10_000, natural, "a grid of EMA samples"),
-        "monitor_every": (0, natural, "J under 10 ascent steps over J under the training step, logged"),
+        "monitor_every": (0, natural, "J under 10 ascent steps over J under the training step"),
         "save_every": (5000, natural, "a checkpoint (there is always one at the end)"),
         "keep": (1, count, "1: ckpt.pt alone; more: also the newest so many as ckpt_<step>.pt"),
     },

@@ -13,8 +13,8 @@ from torch import nn
 
 import evaluate
 from conftest import TINY, script
-from evaluate import (Inception, NextLook, attacker, extract, load_inception, random_inception,
-                      residual_noise)
+from evaluate import (NextLook, attacker, extract, haar_counts, load_inception, noise_std,
+                      random_inception, residual_noise)
 from losses import Denoiser, Diffusion, Perturbation
 from model import UserError
 from sample import denoise_step, image_noise, load_run, sample
@@ -173,9 +173,9 @@ def test_neighbours_are_exact_and_in_order():
 def test_residual_noise():
     """White noise: its own std; smooth images: none; of uint8, the exact median."""
     noise = gaussian(20, 3 * 32 * 32, 0, 0.2).view(20, 3, 32, 32)
-    assert residual_noise(noise) == pytest.approx(0.2, rel=0.02)
+    assert noise_std(haar_counts(noise)) == pytest.approx(0.2, rel=0.02)
     ramp = torch.linspace(-1, 1, 32)[None, None, None].expand(4, 1, 32, 32)
-    assert residual_noise(ramp) < 1e-3
+    assert noise_std(haar_counts(ramp)) < 1e-3
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 9, 7), dtype=np.uint8)
     x = images[..., :8, :6] / 127.5 - 1
     detail = (x[..., ::2, ::2] - x[..., ::2, 1::2] - x[..., 1::2, ::2] + x[..., 1::2, 1::2]) / 2
@@ -315,7 +315,7 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net, monkeypat
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def pictures(run, tmp_path_factory):
     """Twenty colour images as a folder, a zip and an npz; others that are wrong; a small network.
     """
     root = tmp_path_factory.mktemp("pictures")
@@ -332,6 +332,10 @@ def pictures(tmp_path_factory):
     np.savez(root / "small.npz", images[:, :8, :8])
     np.savez(root / "float.npz", np.full((20, 16, 16, 3), np.nan, np.float32))
     np.savez(root / "named.npz", other=images)
+    np.savez(root / "large.npz", np.zeros((20, 64, 64, 3), np.uint8))
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    del checkpoint["config"]["dataset"]
+    torch.save(checkpoint, root / "foreign.pt")
     (root / "broken.npz").write_bytes(b"PK and no more")
     (root / "broken.zip").write_bytes(b"PK and no more")
     for name in ("mixed", "colours", "corrupt", "empty"):
@@ -667,8 +671,17 @@ def test_a_surrogate_of_another_shape(run, in_process, tmp_path):
     (["quality", "P/broken.npz", "--reference", "P/folder"], "broken.npz"),
     (["quality", "P/broken.zip", "--reference", "P/folder"], "broken.zip"),
     (["quality", "P/grey.npz", "--reference", "P/folder"], "grey"),
-    (["quality", "P/grey.npz", "--reference", "cifar10"], "cifar10 is 16x16 RGB"),
-    (["quality", "P/folder", "--reference", "fashion_mnist"], "fashion_mnist is 16x16 grey"),
+    (["quality", "P/grey.npz", "--reference", "cifar10"], "cifar10 is 32x32 RGB"),
+    (["quality", "P/folder", "--reference", "fashion_mnist"], "fashion_mnist is 28x28 grey"),
+    (["quality", "P/small.npz", "--reference", "cifar10"], "32x32 RGB, the sample 8x8 RGB"),
+    (["quality", "P/folder", "--reference", "P/folder", "--num", "21"],
+     "samples: 20 images, --num asks for 21"),
+    (["quality", "RUN", "--reference", "P/folder", "--reference_num", "21"],
+     "reference: 20 images, --reference_num asks for 21"),
+    (["quality", "P/large.npz", "--reference", "P/large.npz", "--features", "pixels"], "12288"),
+    (["denoise", "RUN", "--reference", "P/folder", "--num", "21"], "20 images, --num asks for 21"),
+    (["overfit", "P/foreign.pt"], "foreign.pt: its config is not one of train.py"),
+    (["quality", "P/foreign.pt"], "foreign.pt: its config is not one of train.py"),
     (["quality", "P/small.npz", "--reference", "P/folder"], "8x8"),
     (["quality", "P/folder"], "--reference is needed"),
     (["quality", "P/folder", "--reference", "P/folder", "--features", "P/wrong.pt"], "(B, d)"),
