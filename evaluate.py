@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,11 +41,11 @@ from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_sourc
 
 def first_here(args, load):
     """load() by one process a machine, which fills a cache, and then by the others."""
+    first = args.local == 0
+    found = load() if first else None
     if args.world > 1:
-        if args.local == 0:
-            load()
         dist.barrier()
-    return load()
+    return found if first else load()
 
 
 def gather(part, n, world, device):
@@ -70,8 +71,9 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
 def ticker(title, total, lead=True):
-    """A line of progress with a rate and an ETA: call what is returned with how many are done."""
+    """A line of progress with a rate and an ETA: call what it yields with how many are done."""
     start = shown = time.time()
 
     def tick(done):
@@ -79,12 +81,15 @@ def ticker(title, total, lead=True):
         now = time.time()
         if lead and now - (start if done >= total else shown) > 2:
             shown = now
-            rate = done / max(now - start, 1e-6)
+            rate = done / (now - start)
             print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
-                  f"{duration((total - done) / rate)}   ", end="\n" if done >= total else "",
-                  flush=True)
+                  f"{duration((total - done) / rate)}   ", end="", flush=True)
 
-    return tick
+    try:
+        yield tick
+    finally:
+        if shown > start:
+            print(flush=True)
 
 
 @full_precision()
@@ -99,12 +104,12 @@ def extract(images, look, args, title, chosen=None):
     n, size = len(chosen), args.batch_size
     # a process beyond the last image looks at an earlier one, which gather() leaves out
     mine = chosen[args.rank % n::args.world]
-    tick, parts = ticker(title, n, args.rank == 0), None
+    parts = None
 
     def fetch(i):
         return torch.from_numpy(images[mine[i:i + size]]).contiguous()
 
-    with ThreadPoolExecutor(1) as loader:
+    with ThreadPoolExecutor(1) as loader, ticker(title, n, args.rank == 0) as tick:
         ahead = loader.submit(fetch, 0)
         for i in range(0, len(mine), size):
             batch = ahead.result().to(args.device)
@@ -115,7 +120,10 @@ def extract(images, look, args, title, chosen=None):
             for part, end in zip(parts, ends):
                 part[i:i + len(end)] = end
             tick(min(n, (i + len(batch)) * args.world))
-    return [gather(part, n, args.world, args.device) for part in parts]
+    parts = [gather(part, n, args.world, args.device) for part in parts]
+    if not all(part.isfinite().all() for part in parts):
+        raise UserError(f"{title}: what the network returns is not finite")
+    return parts
 
 
 def check_writable(path):
@@ -211,9 +219,11 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
         elif own != shape:
             resized = f", made {form(shape)} of {form(own)}"
         root = Path(folder or f"data/{name}")
-        if split == "test" and name not in ("shapes", "celeba") and root.exists() and (
-                find_source(name, root, "test")[0] == find_source(name, root, "train")[0]):
-            raise UserError(f"{root} has no test split: name held-out images, a folder, zip or npz")
+        if split == "test" and name not in ("shapes", "celeba"):
+            files = find_source(name, root, "test")[0]
+            if files and files == find_source(name, root, "train")[0]:
+                raise UserError(f"{root} has no test split: name held-out images, a folder, zip or "
+                                "npz")
         images = first_here(args, lambda: load_images(name, *shape[1::-1], folder, cache, split))
         name = f"{name} {split}{resized}"
     else:
@@ -256,8 +266,9 @@ def open_samples(args):
     images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))
     images = take(images, args.num, "num", "samples")
     note = dict.fromkeys(DRAW)  # the flags did not draw them; sample.py may have
-    with contextlib.suppress(OSError, ValueError):
-        note |= json.loads(((path if path.is_dir() else path.parent) / "samples.json").read_text())
+    beside = path.parent if path.name == "samples.npz" else path
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        note |= json.loads((beside / "samples.json").read_text())
     args.about.update(note, num=len(images))
     return images.shape[1:], lambda: images, None
 
@@ -386,15 +397,13 @@ def load_inception(path=None):
     path, net = Path(path or cached), Inception()
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if HASH in path.name and not digest.startswith(HASH):
-            raise UserError(f"{path}: wrong hash {digest[:8]}, the published file has {HASH}")
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except UserError:
-        raise
     except Exception as error:  # missing, damaged or foreign: all end alike
         raise UserError(f"--inception {path}: not the weights of the FID Inception "
                         f"({str(error).splitlines()[0]})") from error
     known = digest.startswith(HASH)
+    if HASH in path.name and not known:
+        raise UserError(f"{path}: wrong hash {digest[:8]}, the published file has {HASH}")
     return net, f"Inception {digest[:8]}" + ("" if known else ", NOT the published network")
 
 
@@ -425,41 +434,42 @@ class DINOv2(nn.Module):
         return self.vit(self.norm(x.clamp(0, 1)))
 
 
-def load_torchscript(path):
-    """Any TorchScript module, uint8 (B, 3, H, W) -> features (B, d): (net, what it is)."""
+@torch.no_grad()
+def load_torchscript(path, device, shape):
+    """Any TorchScript module, uint8 (B, 3, H, W) -> features (B, d): (net, what it is).
+
+    Tried on one black image of (C, H, W); UserError where it does not bear that.
+    """
     try:
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        net = torch.jit.load(path, map_location="cpu")
-    except Exception as error:  # missing, or anything but TorchScript
-        raise UserError(f"--features {path}: neither inception, random, dinov2, pixels nor a "
-                        f"TorchScript file ({str(error).splitlines()[0]})") from error
+        net = torch.jit.load(path, map_location=device).eval()
+        ends = net(torch.zeros(1, 3, *shape[1:], dtype=torch.uint8, device=device))
+        ends = ends[0] if isinstance(ends, tuple) else ends
+        if ends.dim() != 2:
+            raise ValueError(f"the output is {tuple(ends.shape)}, not (B, d)")
+    except Exception as error:  # missing, no TorchScript, or anything that it raises
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        raise UserError(f"--features {path}: neither inception, random, dinov2, pixels nor "
+                        f"TorchScript for {form(shape)} ({reason})") from error
     return net, f"{Path(path).name} ({digest[:8]}), NOT comparable with published figures"
 
 
-def load_features(args):
+def load_features(args, shape):
     """What --features names, as a function for `extract`: features (B, d), and logits if it can.
 
-    Grey images are repeated to three channels, but for "pixels".
+    shape: (C, H, W) of the images. Grey images are repeated to three channels, but for "pixels".
     """
     nets = {"inception": lambda: first_here(args, lambda: load_inception(args.inception)),
             "random": random_inception, "pixels": lambda: (nn.Flatten(), "pixels, NOT comparable"),
             "dinov2": lambda: (first_here(args, DINOv2), "DINOv2 ViT-L/14")}
     name = args.features
-    net, args.about["features"] = nets.get(name, lambda: load_torchscript(name))()
+    net, args.about["features"] = nets.get(name, lambda: load_torchscript(name, args.device,
+                                                                          shape))()
     net = net.to(args.device, memory_format=torch.channels_last).eval()
 
     def look(x, index):
-        try:
-            ends = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
-            ends = ends if isinstance(ends, tuple) else (ends,)
-            if ends[0].dim() != 2 or not ends[0].isfinite().all():
-                raise RuntimeError("the output is not finite features (B, d)")
-        except (RuntimeError, AttributeError) as error:
-            if name in nets:
-                raise
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"--features {name} on uint8 {tuple(x.shape)}: {reason}") from error
-        return ends
+        ends = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
+        return ends if isinstance(ends, tuple) else (ends,)
 
     return look
 
@@ -483,33 +493,34 @@ def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
         only chooses candidates, a few more than k: values are of differences, in float64.
     same: x is y, and a row is no neighbour of itself; a duplicate of it is one, at distance 0.
     """
-    device, tick = args.exact, ticker(title, len(x))
+    device = args.exact
     wide = max(1, x.shape[1] // 2048)
     few, many = max(1, ROWS // wide), max(1, COLUMNS // wide)
     minus = torch.zeros(len(y)) if radii is None else radii.square()
     found = []
-    for i in range(0, len(x), few):
-        a = prepare(x[i:i + few].to(device).float())
-        value = torch.empty(len(a), 0, device=device)
-        index = value.long()
-        for j in range(0, len(y), many):
-            b = prepare(y[j:j + many].to(device).float())
-            row = b.square().sum(1) - minus[j:j + many].to(b)
-            new = torch.addmm(row[None], a, b.T, alpha=-2)
-            if same:
-                low, high = max(i, j), min(i + len(a), j + len(b))
-                new[range(low - i, high - i), range(low - j, high - j)] = math.inf
-            new, at = new.topk(min(k + 4, len(b)), largest=False)
-            value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
-        value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
-        index = index.gather(1, at).cpu()
-        part = max(1, 256 // wide)
-        for rows, near, far in zip(*(s.split(part) for s in (a, index, value.isinf()))):
-            b = prepare(y[near.flatten()].to(device).float()).view(*near.shape, -1)
-            exact = (rows[:, None].double() - b.double()).square().sum(-1).cpu() - minus[near]
-            exact, order = exact.masked_fill(far.cpu(), math.inf).sort(dim=1)
-            found.append((exact[:, :k], near.gather(1, order)[:, :k]))
-        tick(i + len(a))
+    with ticker(title, len(x)) as tick:
+        for i in range(0, len(x), few):
+            a = prepare(x[i:i + few].to(device).float())
+            value = torch.empty(len(a), 0, device=device)
+            index = value.long()
+            for j in range(0, len(y), many):
+                b = prepare(y[j:j + many].to(device).float())
+                row = b.square().sum(1) - minus[j:j + many].to(b)
+                new = torch.addmm(row[None], a, b.T, alpha=-2)
+                if same:
+                    low, high = max(i, j), min(i + len(a), j + len(b))
+                    new[range(low - i, high - i), range(low - j, high - j)] = math.inf
+                new, at = new.topk(min(k + 4, len(b)), largest=False)
+                value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
+            value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
+            index = index.gather(1, at).cpu()
+            part = max(1, 256 // wide)
+            for rows, near, far in zip(*(s.split(part) for s in (a, index, value.isinf()))):
+                b = prepare(y[near.flatten()].to(device).float()).view(*near.shape, -1)
+                exact = (rows[:, None].double() - b.double()).square().sum(-1).cpu() - minus[near]
+                exact, order = exact.masked_fill(far.cpu(), math.inf).sort(dim=1)
+                found.append((exact[:, :k], near.gather(1, order)[:, :k]))
+            tick(i + len(a))
     values, indices = zip(*found)
     return torch.cat(values), torch.cat(indices)
 
@@ -526,13 +537,19 @@ def draw(run, args, title, steps, sampler, spacing, hook=None):
     net, diffusion, config = run
     shape = model_shape(config)
     mine = range(args.rank, args.num, args.world)
-    tick, parts = ticker(title, args.num, args.rank == 0), [torch.empty(0, *shape).byte()]
-    for first in range(0, len(mine), args.batch_size):
-        batch = mine[first:first + args.batch_size]
-        noise = image_noise(args.seed, batch, shape, args.device)
-        x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=hook and hook(batch),
-                   progress=lambda i, n: tick((first + len(batch) * i / n) * args.num / len(mine)))
-        parts.append(to_uint8(x).cpu())
+    parts = [torch.empty(0, *shape).byte()]
+    with ticker(title, args.num, args.rank == 0) as tick:
+        for first in range(0, len(mine), args.batch_size):
+            batch = mine[first:first + args.batch_size]
+
+            def progress(i, steps):
+                tick((first + len(batch) * i / steps) * args.num / len(mine))
+
+            noise = image_noise(args.seed, batch, shape, args.device)
+            perturb = hook and hook(batch)
+            x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=perturb,
+                       progress=progress)
+            parts.append(to_uint8(x).cpu())
     return gather(torch.cat(parts), args.num, args.world, args.device).numpy()
 
 
@@ -755,7 +772,7 @@ def scorer(args, shape, config=None):
     if args.features == "pixels" and math.prod(shape) > 8192:
         raise UserError(f"--features pixels: {math.prod(shape)} values an image, at most 8192 have "
                         "a covariance to compute with")
-    look = load_features(args)
+    look = load_features(args, shape)
     real = describe(images, look, args, "reference", keep=True)
     return lambda images, title: figures(describe(images, look, args, title), real, args)
 
@@ -821,7 +838,7 @@ def memorization(args):
         raise UserError(f"--blur {args.blur}: too wide for images of {shape[-1]} pixels a side")
     train = open_reference(args.reference, args, shape, config)
     held = args.holdout and open_reference(args.holdout, args, shape, config, "test", "holdout")
-    look = load_features(args)
+    look = load_features(args, shape)
     images = load()
 
     def blurred(x, index):
@@ -888,7 +905,8 @@ def denoise(args):
                 x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
             ends = [noisy, once.clamp(-1, 1), x.clamp(-1, 1)]
             counts.add_(torch.stack([haar_counts(end) for end in ends]))
-            return [-10 * (mean_square(end - clean) / 4).log10() for end in ends]
+            # an exact image, such as a black one, counts as 100 dB
+            return [-10 * (mean_square(end - clean) / 4).clamp(min=1e-10).log10() for end in ends]
 
         psnrs = extract(images, look, args, f"noise {std}")
         # a process beyond the last image has looked at one that is not its own
@@ -946,19 +964,21 @@ def listed(kind, *choices):
 FLAGS = {
     "reference": (None, str, "a data set of train.py, a folder, zip, or npz; None: the run's own"),
     "holdout": (None, str, "held-out images, likewise; of a data set the test split"),
-    "data_dir": (None, str, "folder or zip of the data set that --reference names"),
-    "cache_dir": (None, str, f"for decoded images and statistics; None: the run's, or {CACHE}"),
+    "data_dir": (None, str, "folder or zip of the data set; None: the run's, or data/NAME"),
+    "cache_dir": (None, str, f"for statistics and decoded images; None: {CACHE}; for a data set "
+                             "the run's, or beside it"),
     "reference_num": (None, ten, "only the first so many images of it; None: all"),
     "features": ("inception", str, "inception; random: untrained, offline, not comparable; dinov2; "
                                    "pixels; or FILE.pt, TorchScript uint8 NCHW -> (B, d)"),
     "inception": (None, str, "file of the Inception's weights; None: fetched by torch.hub"),
     "num": (None, ten, "images to draw, or take; None: 50000 to draw, all to take"),
-    "sampler": ("ddim", ["ddim", "ddpm"], "deterministic, or ancestral"),
+    "sampler": ("ddim", ["ddim", "ddpm"], "ddim: deterministic; ddpm: ancestral"),
     "steps": (100, whole, "network calls per image"),
-    "spacing": ("respaced", ["respaced", "naive"], "of the sampler, see sample.py"),
+    "spacing": ("respaced", ["respaced", "naive"], "naive: one-step updates at "
+                 "strided time steps; leaves noise"),
     "seed": (0, number(int, 0), "seed of image 0, 1, ..."),
     "raw": (False, None, "raw weights instead of the EMA"),
-    "norm": ("l2", ["l2", "linf"], "the attack's ball"),
+    "norm": ("l2", ["l2", "linf"], "l2 or linf, the attack's ball"),
     "budget": (0.1, positive, "its radius in units of s_t, a root mean square or largest element"),
     "attack_steps": (5, whole, "ascent steps"),
     "share": (0.5, number(float, 1e-9, 1), "of the sampling steps that is attacked, evenly spread"),
@@ -973,8 +993,9 @@ FLAGS = {
     "json": (None, Path, "file for the figures and their provenance"),
 }
 DRAW = ["num", "sampler", "steps", "spacing", "seed", "raw"]
-QUALITY = ["reference", "data_dir", "cache_dir", "reference_num", "features", "inception", *DRAW]
-MACHINE = ["batch_size", "device", "json"]
+QUALITY = ["reference", "data_dir", "cache_dir", "reference_num", "features", "inception", *DRAW,
+           "batch_size"]
+MACHINE = ["device", "json"]
 # name: (function, its subject, flags, flags that are otherwise here)
 COMMANDS = {
     "quality": (quality, "samples", QUALITY, {}),
@@ -985,10 +1006,11 @@ COMMANDS = {
     "steps": (few_steps, "run", QUALITY, {
         "num": (5000, ten, "images to draw"),
         "steps": ([1000, 500, 300, 100, 50, 20, 10], listed(whole), "network calls per image"),
-        "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "samplers"),
-        "spacing": (["respaced"], listed(str, "respaced", "naive"), "spacings")}),
+        "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "of ddpm, ddim"),
+        "spacing": (["respaced"], listed(str, "respaced", "naive"),
+                    "of respaced, naive; naive leaves noise")}),
     "denoise": (denoise, "run", ["reference", "data_dir", "cache_dir", "num", "seed", "raw",
-                                 "noise_std"],
+                                 "noise_std", "batch_size"],
                 {"num": (None, ten, "held-out images; None: 1000, or all")}),
     "overfit": (alarm, "run", ["data_dir", "cache_dir", "num"],
                 {"num": (16, whole, "training images")}),
@@ -1011,13 +1033,20 @@ def parse_args(argv=None):
             default, kind, text = special.get(flag, FLAGS[flag])
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             options = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-            q.add_argument(f"--{flag}", default=default, help=f"{text} ({shown})",
-                           **(options if kind else {"action": "store_true"}))
-    return p.parse_args(argv)
+            options = options | {"metavar": ""} if kind else {"action": "store_true"}
+            text += f" ({shown})" if default not in (None, False) else ""
+            q.add_argument(f"--{flag}", default=default, help=text, **options)
+    args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"{name} is empty")
+    return args
 
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
+    # a TorchScript file is what the user asks for, deprecated or not
+    warnings.filterwarnings("ignore", ".*torch.jit.load")
     args = parse_args(argv)
     args.rank, args.local, args.world, args.device = setup(args.device)
     args.exact = torch.device("cpu") if args.device.type == "mps" else args.device  # has float64
