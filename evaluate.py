@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import sys
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,9 +29,9 @@ from torchvision.transforms.functional import gaussian_blur
 
 from losses import Denoiser, Perturbation, mean_square, trajectory_attack
 from model import UserError, run_cli
-from sample import (ATTACK, EOT, Parser, denoise_step, duration, image_noise, load_run, model_shape,
-                    number, sample, save_grid, save_npz, setup, start_group, to_uint8, visits,
-                    write_atomically)
+from sample import (ATTACK, EOT, Parser, denoise_step, image_noise, load_run, model_shape, number,
+                    sample, save_grid, save_npz, setup, start_group, ticker, to_uint8,
+                    visits, write_atomically)
 from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_source, load_images,
                    overfit, settle, training_images)
 
@@ -69,27 +68,6 @@ def full_precision():
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def ticker(title, total, lead=True):
-    """A line of progress with a rate and an ETA: call what it yields with how many are done."""
-    start = shown = time.time()
-
-    def tick(done):
-        nonlocal shown
-        now = time.time()
-        if lead and now - (start if done >= total else shown) > 2:
-            shown = now
-            rate = done / (now - start)
-            print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
-                  f"{duration((total - done) / rate)}   ", end="", flush=True)
-
-    try:
-        yield tick
-    finally:
-        if shown > start:
-            print(flush=True)
 
 
 @full_precision()
@@ -205,7 +183,7 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
     A data set is made as the run's images are, and the provenance says so; without a run, its own
     size and colour have to fit.
     """
-    folder, cache, resized = args.data_dir, args.cache_dir, ""
+    folder, cache = args.data_dir, args.cache_dir
     if config and name in (None, config["dataset"]):
         name = config["dataset"]
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
@@ -216,16 +194,14 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
         own = shape if name == "shapes" else (PRESETS[name].get("in_channels", 3), size, size)
         if config is None:
             same_kind(name, own, "the sample", shape)
-        elif own != shape:
-            resized = f", made {form(shape)} of {form(own)}"
         root = Path(folder or f"data/{name}")
         if split == "test" and name not in ("shapes", "celeba"):
             files = find_source(name, root, "test")[0]
             if files and files == find_source(name, root, "train")[0]:
-                raise UserError(f"{root} has no test split: name held-out images, a folder, zip or "
-                                "npz")
+                raise UserError(f"{root} has no test split: name a folder, zip or npz of held-out "
+                                "images")
         images = first_here(args, lambda: load_images(name, *shape[1::-1], folder, cache, split))
-        name = f"{name} {split}{resized}"
+        name = f"{name} {split}" + (f", made {form(shape)} of {form(own)}" if own != shape else "")
     else:
         images = first_here(args, lambda: load_as_is(name, args.cache_dir or CACHE))
     same_kind(name, images.shape[1:], "the sample", shape)
@@ -245,9 +221,8 @@ def open_run(path, args, *steps):
         config = settle({}, {"dataset": None} | config)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its config is not one of train.py") from error
-    for many in steps:
-        if many > diffusion.T:
-            raise UserError(f"--steps {many}: the model was trained with T = {diffusion.T}")
+    if max(steps, default=0) > diffusion.T:
+        raise UserError(f"--steps {max(steps)}: the model was trained with T = {diffusion.T}")
     args.about.update(origin)
     return net, diffusion, config
 
@@ -708,7 +683,7 @@ def describe(images, look, args, title, keep=False):
     # the first process decides for all
     found = torch.tensor([keep and path.exists()])
     found = gather(found, args.world, args.world, args.device)[0]
-    if keep and not found:
+    if keep and not found and args.rank == 0:
         check_writable(path)
     rows, *logits = (None,) if found else extract(images, look, args, title)
     if args.rank:
@@ -1053,9 +1028,8 @@ def main(argv=None):
     args.about = {name: getattr(args, name) for name in args.about}
     if args.rank == 0:
         print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
-        for path in (args.json, args.pairs):
-            if path:
-                check_writable(path)
+        for path in filter(None, (args.json, args.pairs)):
+            check_writable(path)
     if args.world > 1:
         start_group(args.device)
     rows = COMMANDS[args.command][0](args)

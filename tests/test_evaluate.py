@@ -17,7 +17,7 @@ from evaluate import (NextLook, attacker, extract, haar_counts, load_inception, 
                       random_inception, residual_noise)
 from losses import Denoiser, Diffusion, Perturbation
 from model import UserError
-from sample import ATTACK, denoise_step, image_noise, load_run, sample
+from sample import ATTACK, denoise_step, image_noise, load_run, sample, ticker
 from train import load_images, overfit
 
 HERE = SimpleNamespace(rank=0, local=0, world=1, device=torch.device("cpu"), batch_size=3,
@@ -473,12 +473,12 @@ class Log(nn.Module):
 
 def test_a_line_of_progress_ends_before_an_error(capsys, monkeypatch):
     now = iter(range(0, 1000, 5))
-    monkeypatch.setattr(evaluate.time, "time", lambda: next(now))
-    with pytest.raises(UserError), evaluate.ticker("some", 10) as tick:
+    monkeypatch.setattr("sample.time.time", lambda: next(now))
+    with pytest.raises(UserError), ticker("some", 10) as tick:
         tick(1)
         raise UserError("no")
     assert capsys.readouterr().out.endswith("   \n")
-    with evaluate.ticker("all", 10) as tick:
+    with ticker("all", 10) as tick:
         tick(1)
         tick(10)
     assert capsys.readouterr().out.count("\n") == 1
@@ -823,7 +823,7 @@ def test_the_runs_own_data_set_is_where_the_run_had_it(pictures, measure, in_pro
                1, "--noise_p", 0.5, "--noise_std", 0.2, "--out", folder)
     argv = ["quality", folder, "--num", 10, "--steps", 1, "--features", pictures / "small.pt"]
     assert measure(*argv)["fid"] == measure(*argv, "--reference", "folder")["fid"]
-    with pytest.raises(UserError, match="folder has no test split: name held-out images"):
+    with pytest.raises(UserError, match="folder has no test split: name a folder, zip or npz"):
         measure("memorization", folder, "--holdout", "folder")
 
 
