@@ -1,7 +1,7 @@
 """Measure a set of images or a trained model, and test the claims on it.
 
     python evaluate.py quality out/cifar10-adv/samples --reference cifar10
-    python evaluate.py attack out/cifar10-adv --norm l2 --budget 0.5
+    python evaluate.py attack out/cifar10-adv --norm l2 --budget 0.1
     torchrun --nproc_per_node=8 -- evaluate.py quality out/cifar10-adv --num 50000
 
 The commands: quality, memorization, attack, steps, denoise, overfit; each has its own -h. Under
@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import sys
-import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,22 +29,22 @@ from torchvision.transforms.functional import gaussian_blur
 
 from losses import Denoiser, Perturbation, mean_square, trajectory_attack
 from model import UserError, run_cli
-from sample import (ATTACK, Parser, denoise_step, duration, image_noise, load_run, model_shape,
-                    number, sample, save_grid, save_npz, setup, start_group, to_uint8, visits,
-                    write_atomically)
+from sample import (ATTACK, EOT, Parser, denoise_step, image_noise, load_run, model_shape, number,
+                    sample, save_grid, save_npz, setup, start_group, ticker, to_uint8,
+                    visits, write_atomically)
 from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_source, load_images,
-                   overfit, training_images)
+                   overfit, settle, training_images)
 
 # ---------- Sharing the work, and watching it
 
 
 def first_here(args, load):
     """load() by one process a machine, which fills a cache, and then by the others."""
+    first = args.local == 0
+    found = load() if first else None
     if args.world > 1:
-        if args.local == 0:
-            load()
         dist.barrier()
-    return load()
+    return found if first else load()
 
 
 def gather(part, n, world, device):
@@ -70,41 +70,24 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 
-def ticker(title, total, lead=True):
-    """A line of progress with a rate and an ETA: call what is returned with how many are done."""
-    start = shown = time.time()
-
-    def tick(done):
-        nonlocal shown
-        now = time.time()
-        if lead and now - (start if done >= total else shown) > 2:
-            shown = now
-            rate = done / max(now - start, 1e-6)
-            print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
-                  f"{duration((total - done) / rate)}   ", end="\n" if done >= total else "",
-                  flush=True)
-
-    return tick
-
-
 @full_precision()
-def extract(images, look, args, title):
+def extract(images, look, args, title, chosen=None):
     """What look(uint8 (B, C, H, W), indices) returns, over all: list of CPU tensors (N, ...).
 
-    images: anything with uint8 (B, C, H, W) at an index array. Under torchrun each process looks
-    at its share, and all of them get the whole. The next batch is read during this one.
-    Raises UserError for fewer than 10 images, which no figure can stand on.
+    images: anything with uint8 (B, C, H, W) at an index array.  chosen: only those (N,) indices.
+    Under torchrun each process looks at its share, and all of them get the whole. The next batch
+    is read during this one.
     """
-    n, size = len(images), args.batch_size
-    if n < 10:
-        raise UserError(f"{title}: {n} images, at least 10 are needed")
-    mine = np.arange(args.rank, n, args.world)
-    tick, parts = ticker(title, n, args.rank == 0), None
+    chosen = np.arange(len(images)) if chosen is None else chosen
+    n, size = len(chosen), args.batch_size
+    # a process beyond the last image looks at an earlier one, which gather() leaves out
+    mine = chosen[args.rank % n::args.world]
+    parts = None
 
     def fetch(i):
         return torch.from_numpy(images[mine[i:i + size]]).contiguous()
 
-    with ThreadPoolExecutor(1) as loader:
+    with ThreadPoolExecutor(1) as loader, ticker(title, n, args.rank == 0) as tick:
         ahead = loader.submit(fetch, 0)
         for i in range(0, len(mine), size):
             batch = ahead.result().to(args.device)
@@ -115,7 +98,22 @@ def extract(images, look, args, title):
             for part, end in zip(parts, ends):
                 part[i:i + len(end)] = end
             tick(min(n, (i + len(batch)) * args.world))
-    return [gather(part, n, args.world, args.device) for part in parts]
+    parts = [gather(part, n, args.world, args.device) for part in parts]
+    if not all(part.isfinite().all() for part in parts):
+        raise UserError(f"{title}: what the network returns is not finite")
+    return parts
+
+
+def check_writable(path):
+    """Make a file's folder; UserError, before the work and not after it, if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 # ---------- Images: uint8 arrays (N, C, H, W), memory-mapped where they come from files
@@ -123,11 +121,24 @@ def extract(images, look, args, title):
 CACHE = "out/cache"
 
 
+def form(shape):
+    """(C, H, W) -> "28x28 grey"."""
+    return f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'RGB'}"
+
+
 def same_kind(name, shape, other, wanted):
     """Raise UserError unless two image shapes (C, H, W) are the same."""
     if tuple(shape) != tuple(wanted):
-        a, b = (f"{w}x{h} {'grey' if c == 1 else 'RGB'}" for c, h, w in (shape, wanted))
-        raise UserError(f"{name} is {a}, {other} {b}: they must be of one size and colour")
+        raise UserError(f"{name} is {form(shape)}, {other} {form(wanted)}: they must be of one "
+                        "size and colour")
+
+
+def take(images, num, flag, name):
+    """The first `num` images, None: all; UserError if that is not there, or is below 10."""
+    if len(images) < (num or 10):
+        asked = f"--{flag} asks for {num}" if num else "at least 10 are needed"
+        raise UserError(f"{name}: {len(images)} images, {asked}")
+    return images[:num]
 
 
 def load_as_is(path, cache_dir):
@@ -138,7 +149,7 @@ def load_as_is(path, cache_dir):
     square, or not of the first one's size and colour.
     """
     path = name = Path(path)
-    kind, items = None, []
+    kinds = {}
     try:
         if path.suffix == ".npz":
             array = np.load(path)["arr_0"]
@@ -151,18 +162,17 @@ def load_as_is(path, cache_dir):
             image = read(name)
             if image.mode == "F":
                 raise ValueError("its values are floats, not 8 bits")
-            shape = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
-            kind = kind or shape
-            same_kind(name, shape, items[0], kind)
-    except UserError:
-        raise
+            kinds[name] = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{name}: not readable as images ({error})") from error
-    if kind is None:
+    if not kinds:
         raise UserError(f"no images in {path}" if path.exists() else f"no such file: {path}")
-    if kind[1] != kind[2]:
+    channels, height, width = shape = kinds[items[0]]
+    if height != width:
         raise UserError(f"{items[0]} is not square")
-    return load_images("folder", kind[1], kind[0], path, cache_dir)
+    for name in items:
+        same_kind(name, kinds[name], items[0], shape)
+    return load_images("folder", width, channels, path, cache_dir)
 
 
 def open_reference(name, args, shape, config=None, split="train", label="reference"):
@@ -170,45 +180,72 @@ def open_reference(name, args, shape, config=None, split="train", label="referen
 
     name: a data set of train.py, a folder, a zip or an npz. None: the run's own data set, clean.
     split: of a data set; "test" is refused where the source is a bare folder or zip.
-    A data set is loaded at the size asked for; its colour has to fit, unless a run set that.
+    A data set is made as the run's images are, and the provenance says so; without a run, its own
+    size and colour have to fit.
     """
     folder, cache = args.data_dir, args.cache_dir
-    if name is None:
-        if config is None:
-            raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
+    if config and name in (None, config["dataset"]):
         name = config["dataset"]
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
+    if name is None:
+        raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
     if name in DATASETS:
-        if config is None and name != "shapes":
-            same_kind(name, (PRESETS[name].get("in_channels", 3), *shape[1:]), "the sample", shape)
+        size = PRESETS[name].get("image_size", shape[1])
+        own = shape if name == "shapes" else (PRESETS[name].get("in_channels", 3), size, size)
+        if config is None:
+            same_kind(name, own, "the sample", shape)
         root = Path(folder or f"data/{name}")
-        if split == "test" and name not in ("shapes", "celeba") and root.exists() and (
-                find_source(name, root, "test")[0] == find_source(name, root, "train")[0]):
-            raise UserError(f"{root} has no test split: name held-out images, a folder, zip or npz")
+        if split == "test" and name not in ("shapes", "celeba"):
+            files = find_source(name, root, "test")[0]
+            if files and files == find_source(name, root, "train")[0]:
+                raise UserError(f"{root} has no test split: name a folder, zip or npz of held-out "
+                                "images")
         images = first_here(args, lambda: load_images(name, *shape[1::-1], folder, cache, split))
-        name = f"{name} {split}"
+        name = f"{name} {split}" + (f", made {form(shape)} of {form(own)}" if own != shape else "")
     else:
         images = first_here(args, lambda: load_as_is(name, args.cache_dir or CACHE))
     same_kind(name, images.shape[1:], "the sample", shape)
-    images = images[:args.reference_num if label == "reference" else None]
-    args.about.update({label: name, f"{label}_num": len(images)})
+    num = args.reference_num if label == "reference" else None
+    images = take(images, num, "reference_num", label)
+    args.about.update({label: name, f"{label}_num": len(images), "image": form(shape)})
     return images
 
 
+def open_run(path, args, *steps):
+    """(net, its Diffusion, its settings as `train.settle` completes them); the weights are noted.
+
+    Raises UserError as `load_run`, for a foreign config, or for more sampling steps than T.
+    """
+    net, diffusion, config, origin = load_run(path, args.device, args.raw)
+    try:
+        config = settle({}, {"dataset": None} | config)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: its config is not one of train.py") from error
+    if max(steps, default=0) > diffusion.T:
+        raise UserError(f"--steps {max(steps)}: the model was trained with T = {diffusion.T}")
+    args.about.update(origin)
+    return net, diffusion, config
+
+
 def open_samples(args):
-    """SAMPLES, drawn first if it is a run: (images, the run's config or None)."""
+    """SAMPLES: (shape (C, H, W), function that returns the images, the run's settings or None).
+
+    A run is drawn from by that function: after whatever can be wrong has been found.
+    """
     path = Path(args.samples)
     if (path / "ckpt.pt").exists() or path.suffix == ".pt":
-        run = load_run(path, args.device, args.raw)
+        run = open_run(path, args, args.steps)
         args.about["num"] = args.num = args.num or 50_000
-        args.about.update(run[3])
-        return draw(run, args, "drawing", args.steps, args.sampler, args.spacing), run[2]
-    images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))[:args.num]
+        return model_shape(run[2]), lambda: draw(run, args, "drawing", args.steps, args.sampler,
+                                                 args.spacing), run[2]
+    images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))
+    images = take(images, args.num, "num", "samples")
     note = dict.fromkeys(DRAW)  # the flags did not draw them; sample.py may have
-    with contextlib.suppress(OSError, ValueError):
-        note |= json.loads(((path if path.is_dir() else path.parent) / "samples.json").read_text())
+    beside = path.parent if path.name == "samples.npz" else path
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        note |= json.loads((beside / "samples.json").read_text())
     args.about.update(note, num=len(images))
-    return images, None
+    return images.shape[1:], lambda: images, None
 
 
 # ---------- Feature networks: FID's Inception, DINOv2, or any other
@@ -335,15 +372,13 @@ def load_inception(path=None):
     path, net = Path(path or cached), Inception()
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if HASH in path.name and not digest.startswith(HASH):
-            raise UserError(f"{path}: wrong hash {digest[:8]}, the published file has {HASH}")
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except UserError:
-        raise
     except Exception as error:  # missing, damaged or foreign: all end alike
         raise UserError(f"--inception {path}: not the weights of the FID Inception "
                         f"({str(error).splitlines()[0]})") from error
     known = digest.startswith(HASH)
+    if HASH in path.name and not known:
+        raise UserError(f"{path}: wrong hash {digest[:8]}, the published file has {HASH}")
     return net, f"Inception {digest[:8]}" + ("" if known else ", NOT the published network")
 
 
@@ -374,41 +409,42 @@ class DINOv2(nn.Module):
         return self.vit(self.norm(x.clamp(0, 1)))
 
 
-def load_torchscript(path):
-    """Any TorchScript module, uint8 (B, 3, H, W) -> features (B, d): (net, what it is)."""
+@torch.no_grad()
+def load_torchscript(path, device, shape):
+    """Any TorchScript module, uint8 (B, 3, H, W) -> features (B, d): (net, what it is).
+
+    Tried on one black image of (C, H, W); UserError where it does not bear that.
+    """
     try:
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        net = torch.jit.load(path, map_location="cpu")
-    except Exception as error:  # missing, or anything but TorchScript
-        raise UserError(f"--features {path}: neither inception, random, dinov2, pixels nor a "
-                        f"TorchScript file ({str(error).splitlines()[0]})") from error
+        net = torch.jit.load(path, map_location=device).eval()
+        ends = net(torch.zeros(1, 3, *shape[1:], dtype=torch.uint8, device=device))
+        ends = ends[0] if isinstance(ends, tuple) else ends
+        if ends.dim() != 2:
+            raise ValueError(f"the output is {tuple(ends.shape)}, not (B, d)")
+    except Exception as error:  # missing, no TorchScript, or anything that it raises
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        raise UserError(f"--features {path}: neither inception, random, dinov2, pixels nor "
+                        f"TorchScript for {form(shape)} ({reason})") from error
     return net, f"{Path(path).name} ({digest[:8]}), NOT comparable with published figures"
 
 
-def load_features(args):
+def load_features(args, shape):
     """What --features names, as a function for `extract`: features (B, d), and logits if it can.
 
-    Grey images are repeated to three channels, but for "pixels".
+    shape: (C, H, W) of the images. Grey images are repeated to three channels, but for "pixels".
     """
     nets = {"inception": lambda: first_here(args, lambda: load_inception(args.inception)),
             "random": random_inception, "pixels": lambda: (nn.Flatten(), "pixels, NOT comparable"),
             "dinov2": lambda: (first_here(args, DINOv2), "DINOv2 ViT-L/14")}
     name = args.features
-    net, args.about["features"] = nets.get(name, lambda: load_torchscript(name))()
+    net, args.about["features"] = nets.get(name, lambda: load_torchscript(name, args.device,
+                                                                          shape))()
     net = net.to(args.device, memory_format=torch.channels_last).eval()
 
     def look(x, index):
-        try:
-            ends = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
-            ends = ends if isinstance(ends, tuple) else (ends,)
-            if ends[0].dim() != 2 or not ends[0].isfinite().all():
-                raise RuntimeError("the output is not finite features (B, d)")
-        except (RuntimeError, AttributeError) as error:
-            if name in nets:
-                raise
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"--features {name} on uint8 {tuple(x.shape)}: {reason}") from error
-        return ends
+        ends = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
+        return ends if isinstance(ends, tuple) else (ends,)
 
     return look
 
@@ -432,30 +468,34 @@ def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
         only chooses candidates, a few more than k: values are of differences, in float64.
     same: x is y, and a row is no neighbour of itself; a duplicate of it is one, at distance 0.
     """
-    device, tick = args.exact, ticker(title, len(x))
+    device = args.exact
+    wide = max(1, x.shape[1] // 2048)
+    few, many = max(1, ROWS // wide), max(1, COLUMNS // wide)
     minus = torch.zeros(len(y)) if radii is None else radii.square()
     found = []
-    for i in range(0, len(x), ROWS):
-        a = prepare(x[i:i + ROWS].to(device).float())
-        value = torch.empty(len(a), 0, device=device)
-        index = value.long()
-        for j in range(0, len(y), COLUMNS):
-            b = prepare(y[j:j + COLUMNS].to(device).float())
-            row = b.square().sum(1) - minus[j:j + COLUMNS].to(b)
-            new = torch.addmm(row[None], a, b.T, alpha=-2)
-            if same:
-                low, high = max(i, j), min(i + len(a), j + len(b))
-                new[range(low - i, high - i), range(low - j, high - j)] = math.inf
-            new, at = new.topk(min(k + 4, len(b)), largest=False)
-            value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
-        value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
-        index = index.gather(1, at).cpu()
-        for rows, near, far in zip(a.split(256), index.split(256), value.isinf().split(256)):
-            b = prepare(y[near.flatten()].to(device).float()).view(*near.shape, -1)
-            exact = (rows[:, None].double() - b.double()).square().sum(-1).cpu() - minus[near]
-            exact, order = exact.masked_fill(far.cpu(), math.inf).sort(dim=1)
-            found.append((exact[:, :k], near.gather(1, order)[:, :k]))
-        tick(i + len(a))
+    with ticker(title, len(x)) as tick:
+        for i in range(0, len(x), few):
+            a = prepare(x[i:i + few].to(device).float())
+            value = torch.empty(len(a), 0, device=device)
+            index = value.long()
+            for j in range(0, len(y), many):
+                b = prepare(y[j:j + many].to(device).float())
+                row = b.square().sum(1) - minus[j:j + many].to(b)
+                new = torch.addmm(row[None], a, b.T, alpha=-2)
+                if same:
+                    low, high = max(i, j), min(i + len(a), j + len(b))
+                    new[range(low - i, high - i), range(low - j, high - j)] = math.inf
+                new, at = new.topk(min(k + 4, len(b)), largest=False)
+                value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
+            value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
+            index = index.gather(1, at).cpu()
+            part = max(1, 256 // wide)
+            for rows, near, far in zip(*(s.split(part) for s in (a, index, value.isinf()))):
+                b = prepare(y[near.flatten()].to(device).float()).view(*near.shape, -1)
+                exact = (rows[:, None].double() - b.double()).square().sum(-1).cpu() - minus[near]
+                exact, order = exact.masked_fill(far.cpu(), math.inf).sort(dim=1)
+                found.append((exact[:, :k], near.gather(1, order)[:, :k]))
+            tick(i + len(a))
     values, indices = zip(*found)
     return torch.cat(values), torch.cat(indices)
 
@@ -467,20 +507,24 @@ def draw(run, args, title, steps, sampler, spacing, hook=None):
     """args.num images of a run, as sample.py draws them: uint8 (N, C, H, W) on every process.
 
     hook: function(image indices) -> the `perturb` of `sample`.  args: rank, world, device, seed,
-    num, batch_size.  Raises UserError where the model has fewer time steps.
+    num, batch_size.
     """
-    net, diffusion, config = run[:3]
-    if steps > diffusion.T:
-        raise UserError(f"--steps {steps}: the model was trained with T = {diffusion.T}")
+    net, diffusion, config = run
     shape = model_shape(config)
     mine = range(args.rank, args.num, args.world)
-    tick, parts = ticker(title, args.num, args.rank == 0), [torch.empty(0, *shape).byte()]
-    for first in range(0, len(mine), args.batch_size):
-        batch = mine[first:first + args.batch_size]
-        noise = image_noise(args.seed, batch, shape, args.device)
-        x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=hook and hook(batch),
-                   progress=lambda i, n: tick((first + len(batch) * i / n) * args.num / len(mine)))
-        parts.append(to_uint8(x).cpu())
+    parts = [torch.empty(0, *shape).byte()]
+    with ticker(title, args.num, args.rank == 0) as tick:
+        for first in range(0, len(mine), args.batch_size):
+            batch = mine[first:first + args.batch_size]
+
+            def progress(i, steps):
+                tick((first + len(batch) * i / steps) * args.num / len(mine))
+
+            noise = image_noise(args.seed, batch, shape, args.device)
+            perturb = hook and hook(batch)
+            x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=perturb,
+                       progress=progress)
+            parts.append(to_uint8(x).cpu())
     return gather(torch.cat(parts), args.num, args.world, args.device).numpy()
 
 
@@ -489,6 +533,7 @@ class NextLook(nn.Module):
 
     (x (B, ...), t (B,) of one value) -> (B, ...). after: dict t -> prev, the times that the
     sampler visits; noises: a draw of the sampler's noise each, kept while an attack ascends.
+    For a step without noise, one look; else len(noises) of them, and a call of the network before.
     """
 
     def __init__(self, net, diffusion, after, sampler, noises):
@@ -497,12 +542,15 @@ class NextLook(nn.Module):
         self.after, self.sampler, self.noises = after, sampler, noises
 
     def forward(self, x, t):
-        look, net, diffusion = 0, self.denoiser.net, self.denoiser.diffusion
-        now, prev = t[0].item(), self.after[t[0].item()]
-        for noise in self.noises:
-            y = denoise_step(net, diffusion, x, now, prev, self.sampler, lambda: noise)
-            look = look + (y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
-        return look / len(self.noises)
+        now = t[0].item()
+        prev = self.after[now]
+        eps = self.denoiser.net(x, t)
+        looks = []
+        for noise in self.noises if self.sampler == "ddpm" and prev >= 0 else self.noises[:1]:
+            y = denoise_step(lambda x, t: eps, self.denoiser.diffusion, x, now, prev, self.sampler,
+                             lambda: noise)
+            looks.append(y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
+        return sum(looks) / len(looks)
 
 
 def attacker(net, ascent_steps, diffusion, shape, args, norms):
@@ -518,10 +566,11 @@ def attacker(net, ascent_steps, diffusion, shape, args, norms):
     pushed = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
 
     def hook(batch):
-        # a stream of its own, so that the sampler's noise is that of the images left alone
+        # streams of their own, so that the sampler's noise is that of the images left alone
         noise, view = image_noise(args.seed, batch, shape, args.device, ATTACK), None
         if args.eot and ascent_steps:
-            fixed = [noise() for _ in range(args.eot)]
+            coming = image_noise(args.seed, batch, shape, args.device, EOT)
+            fixed = [coming() for _ in range(args.eot)]
             view = NextLook(net, diffusion, dict(path), args.sampler, fixed)
         push = trajectory_attack(view or Denoiser(net, diffusion), diffusion, pushed, noise,
                                  args.norm, args.budget, ascent_steps)
@@ -592,33 +641,32 @@ def kid(fake, real, subsets=100, size=1000, seed=2020):
 BINS = 4080
 
 
-def residual_noise(images):
+def haar_counts(x):
+    """Histogram, long (8 BINS,), of |finest diagonal Haar coefficients| of images (B, C, H, W).
+
+    x: float in [-1, 1]. Coefficients: (a - b - c + d) / 2 of 2x2 pixels, channels alike.
+    """
+    a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
+                  for i in (0, 1) for j in (0, 1))
+    index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
+    return torch.bincount(index.flatten().cpu(), minlength=8 * BINS)
+
+
+def noise_std(counts):
     """Donoho's estimate of the noise's std on the [-1, 1] scale: median |coefficient| / 0.6745.
 
-    images: uint8 array or float tensor in [-1, 1] (N, C, H, W). One median over the finest
-    diagonal Haar coefficients of all images and channels, (a - b - c + d) / 2 of 2x2 pixels.
+    counts: of `haar_counts`, summed over images: one median over all of them.
     """
-    counts = torch.zeros(8 * BINS, dtype=torch.long)
-    for i in range(0, len(images), 1000):
-        x = images[i:i + 1000]
-        x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x)).float() / 127.5 - 1
-        a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
-                      for i in (0, 1) for j in (0, 1))
-        index = ((a - b - c + d).abs() / 2 * BINS).round().long().clamp(max=8 * BINS - 1)
-        counts += torch.bincount(index.flatten(), minlength=8 * BINS)
     below, n = counts.cumsum(0), counts.sum().item()
     middle = torch.searchsorted(below, torch.tensor([(n + 1) // 2, n // 2 + 1]))
     return middle.double().mean().item() / BINS / 0.6745
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Make a file's folder; a UserError if that, or what follows, cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+def residual_noise(images):
+    """`noise_std` of uint8 images (N, C, H, W)."""
+    size = max(1, 2**24 // math.prod(images.shape[1:]))
+    return noise_std(sum(haar_counts(torch.from_numpy(images[i:i + size] / np.float32(127.5) - 1))
+                         for i in range(0, len(images), size)))
 
 
 def describe(images, look, args, title, keep=False):
@@ -635,6 +683,8 @@ def describe(images, look, args, title, keep=False):
     # the first process decides for all
     found = torch.tensor([keep and path.exists()])
     found = gather(found, args.world, args.world, args.device)[0]
+    if keep and not found and args.rank == 0:
+        check_writable(path)
     rows, *logits = (None,) if found else extract(images, look, args, title)
     if args.rank:
         return {}
@@ -650,8 +700,7 @@ def describe(images, look, args, title, keep=False):
     stats = {"features": rows, "mean": mean, "cov": cov, "radii": nearest[:, -1].sqrt(),
              "residual_noise": torch.tensor(residual_noise(images), dtype=torch.float64)}
     if keep:
-        with writing(path):
-            write_atomically(path, lambda temporary: save_npz(temporary, **stats))
+        write_atomically(path, lambda temporary: save_npz(temporary, **stats))
     return {**stats, "logits": logits[0] if logits else None}
 
 
@@ -695,7 +744,10 @@ def figures(fake, real, args):
 def scorer(args, shape, config=None):
     """--reference described once: function (images, title) -> their `figures` against it."""
     images = open_reference(args.reference, args, shape, config)
-    look = load_features(args)
+    if args.features == "pixels" and math.prod(shape) > 8192:
+        raise UserError(f"--features pixels: {math.prod(shape)} values an image, at most 8192 have "
+                        "a covariance to compute with")
+    look = load_features(args, shape)
     real = describe(images, look, args, "reference", keep=True)
     return lambda images, title: figures(describe(images, look, args, title), real, args)
 
@@ -705,21 +757,16 @@ def scorer(args, shape, config=None):
 
 def quality(args):
     """FID, IS, KID, precision, recall and residual noise of a set of images, or of a run."""
-    images, config = open_samples(args)
-    return [scorer(args, images.shape[1:], config)(images, "samples")]
+    shape, load, config = open_samples(args)
+    score = scorer(args, shape, config)
+    return [score(load(), "samples")]
 
 
 def few_steps(args):
     """The quality figures for each number of sampling steps, sampler and spacing."""
-    run = load_run(args.run, args.device, args.raw)
-    args.about.update(run[3])
-    if min(args.steps) > run[1].T:
-        raise UserError(f"--steps {min(args.steps)}: the model was trained with T = {run[1].T}")
+    run = open_run(args.run, args, *args.steps)
     score, rows = scorer(args, model_shape(run[2]), run[2]), []
     for sampler, spacing, steps in itertools.product(args.sampler, args.spacing, args.steps):
-        if steps > run[1].T:
-            print(f"{steps} steps: left out, the model has T = {run[1].T}", file=sys.stderr)
-            continue
         title = f"{sampler} {spacing} {steps}"
         row = score(draw(run, args, title, steps, sampler, spacing), title)
         rows.append({"sampler": sampler, "spacing": spacing, "steps": steps, **row})
@@ -732,9 +779,8 @@ def attack(args):
     Beside them the same seeds left alone, and pushed at random by the same norm. mse: to the images
     left alone, on the [-1, 1] scale. norm_min, norm_max: of the images' largest omegas.
     """
-    run = load_run(args.run, args.device, args.raw)
+    run = open_run(args.run, args, args.steps)
     shape, rows = model_shape(run[2]), []
-    args.about.update(run[3])
     attacks = {"none": None, "random": (run[0], 0), "white box": (run[0], args.attack_steps)}
     if args.surrogate:
         net, _, config, args.about["surrogate"] = load_run(args.surrogate, args.device, args.raw)
@@ -761,24 +807,28 @@ def memorization(args):
     above .9, .95, .99. Beside it held-out images, the curve of an honest model, and the samples
     blurred, since smoothness alone changes similarity. Exact duplicates in training count once.
     """
-    images, config = open_samples(args)
-    train = open_reference(args.reference, args, images.shape[1:], config)
-    held = args.holdout and open_reference(args.holdout, args, images.shape[1:], config, "test",
-                                           "holdout")
-    look, width = load_features(args), 2 * math.ceil(3 * args.blur) + 1
+    shape, load, config = open_samples(args)
+    reach = math.ceil(3 * args.blur)
+    if reach >= shape[-1]:
+        raise UserError(f"--blur {args.blur}: too wide for images of {shape[-1]} pixels a side")
+    train = open_reference(args.reference, args, shape, config)
+    held = args.holdout and open_reference(args.holdout, args, shape, config, "test", "holdout")
+    look = load_features(args, shape)
+    images = load()
 
     def blurred(x, index):
-        return look(gaussian_blur(x, width, args.blur), index)
+        return look(gaussian_blur(x, 2 * reach + 1, args.blur), index)
 
-    sets = {"training set": (train, look), "samples": (images, look), "blurred": (images, blurred)}
+    _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
+    once.sort()
+    args.about["duplicates_left_out"] = len(train) - len(once)
+    base = extract(train, look, args, "training set", once)[0]
+    sets = {"samples": (images, look), "blurred": (images, blurred)}
     sets |= {"held out": (held, look)} if args.holdout else {}
     sets = {name: extract(*some, args, name)[0] for name, some in sets.items()}
-    base = sets.pop("training set")
     if args.rank:
         return []
-    _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
-    args.about["duplicates_left_out"] = len(train) - len(once)
-    base, pixels, rows = base[once], args.features == "pixels", []
+    pixels, rows = args.features == "pixels", []
     mean = mean_of(base).float().to(args.exact)
 
     def centred(x):
@@ -798,8 +848,7 @@ def memorization(args):
         if name == "samples":
             closest = (d1 / d2).nan_to_num(1).argsort()[:32].numpy()
             pairs = np.stack([images[closest], train[once[near[closest, 0].numpy()]]], axis=1)
-    with writing(args.pairs):
-        save_grid(pairs.reshape(-1, *images.shape[1:]), args.pairs)
+    save_grid(pairs.reshape(-1, *shape), args.pairs)
     print(f"{args.pairs}: pairs of a sample and its nearest training image, least d1 / d2 first")
     return rows
 
@@ -810,29 +859,36 @@ def denoise(args):
     One-shot: D(x_t). Ancestral: DDPM steps from t down. psnr: dB, peak 2, the mean over images;
     residual: `residual_noise`, std on the [-1, 1] scale.
     """
-    net, diffusion, config, origin = load_run(args.run, args.device, args.raw)
+    net, diffusion, config = open_run(args.run, args)
     shape, rows = model_shape(config), []
-    images = open_reference(args.reference, args, shape, config, split="test")[:args.num]
-    args.about.update(origin, num=len(images))
+    images = open_reference(args.reference, args, shape, config, split="test")
+    images = take(images, args.num or min(1000, len(images)), "num", "held-out images")
+    args.about["num"] = len(images)
     levels = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()
     for std in args.noise_std:
         t = (levels - std).abs().argmin().item()
+        counts = torch.zeros(3, 8 * BINS, dtype=torch.long)
 
         def look(batch, index):
             clean = batch.float() / 127.5 - 1
             noisy = clean + std * image_noise(args.seed, index, shape, args.device, ATTACK)()
             x = diffusion.sqrt_a[t] * noisy
-            once = Denoiser(net, diffusion)(x, torch.full((len(x),), t, device=x.device))
+            batch_t = torch.full((len(x),), t, device=x.device)
+            once = diffusion.x0_from_eps(x, batch_t, net(x, batch_t))
             noise = image_noise(args.seed, index, shape, args.device)
             for now in range(t, -1, -1):
                 x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
             ends = [noisy, once.clamp(-1, 1), x.clamp(-1, 1)]
-            return [*ends, *(-10 * (mean_square(end - clean) / 4).log10() for end in ends)]
+            counts.add_(torch.stack([haar_counts(end) for end in ends]))
+            # an exact image, such as a black one, counts as 100 dB
+            return [-10 * (mean_square(end - clean) / 4).clamp(min=1e-10).log10() for end in ends]
 
-        ends = extract(images, look, args, f"noise {std}")
+        psnrs = extract(images, look, args, f"noise {std}")
+        # a process beyond the last image has looked at one that is not its own
+        parts = gather(counts[None], args.world, args.world, args.device)[:len(images)]
         row = {"noise_std": std, "t": t, "clean residual": residual_noise(images)}
-        for kind, x, psnr in zip(("input", "one-shot", "ancestral"), ends[:3], ends[3:]):
-            row |= {f"{kind} psnr": psnr.mean().item(), f"{kind} residual": residual_noise(x)}
+        for name, psnr, part in zip(("input", "one-shot", "ancestral"), psnrs, parts.sum(0)):
+            row |= {f"{name} psnr": psnr.mean().item(), f"{name} residual": noise_std(part)}
         rows.append(row)
     return rows
 
@@ -842,10 +898,10 @@ def alarm(args):
 
     On the first --num training images as training saw them, see `train.overfit`.
     """
-    net, diffusion, config, origin = load_run(args.run, args.device, raw=True)
+    net, diffusion, config = open_run(args.run, args)
     images = open_reference(None, args, model_shape(config), config)
     index = np.arange(min(args.num, len(images)))
-    args.about.update(origin, num=len(index))
+    args.about["num"] = len(index)
     kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"], config["seed"])
     x0 = training_images(images, index, kinds, config["noise_std"], config["seed"])
     cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
@@ -857,7 +913,14 @@ def alarm(args):
 
 # ---------- Command line
 
-positive, whole = number(float, 1e-9), number(int, 1)
+positive, whole, ten = number(float, 1e-9), number(int, 1), number(int, 10)
+
+
+def png(text):
+    """An argparse type: the path of a PNG."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)
 
 
 def listed(kind, *choices):
@@ -876,48 +939,54 @@ def listed(kind, *choices):
 FLAGS = {
     "reference": (None, str, "a data set of train.py, a folder, zip, or npz; None: the run's own"),
     "holdout": (None, str, "held-out images, likewise; of a data set the test split"),
-    "data_dir": (None, str, "folder or zip of the data set that --reference names"),
-    "cache_dir": (None, str, f"for decoded images and statistics; None: the run's, or {CACHE}"),
-    "reference_num": (None, whole, "only the first so many images of it; None: all"),
+    "data_dir": (None, str, "folder or zip of the data set; None: the run's, or data/NAME"),
+    "cache_dir": (None, str, f"for statistics and decoded images; None: {CACHE}; for a data set "
+                             "the run's, or beside it"),
+    "reference_num": (None, ten, "only the first so many images of it; None: all"),
     "features": ("inception", str, "inception; random: untrained, offline, not comparable; dinov2; "
                                    "pixels; or FILE.pt, TorchScript uint8 NCHW -> (B, d)"),
     "inception": (None, str, "file of the Inception's weights; None: fetched by torch.hub"),
-    "num": (None, whole, "images to draw, or take; None: 50000 to draw, all to take"),
-    "sampler": ("ddim", ["ddim", "ddpm"], "deterministic, or ancestral"),
+    "num": (None, ten, "images to draw, or take; None: 50000 to draw, all to take"),
+    "sampler": ("ddim", ["ddim", "ddpm"], "ddim: deterministic; ddpm: ancestral"),
     "steps": (100, whole, "network calls per image"),
-    "spacing": ("respaced", ["respaced", "naive"], "of the sampler, see sample.py"),
+    "spacing": ("respaced", ["respaced", "naive"], "naive: one-step updates at "
+                 "strided time steps; leaves noise"),
     "seed": (0, number(int, 0), "seed of image 0, 1, ..."),
     "raw": (False, None, "raw weights instead of the EMA"),
-    "norm": ("l2", ["l2", "linf"], "the attack's ball"),
-    "budget": (0.5, positive, "its radius in units of s_t, a root mean square or largest element"),
+    "norm": ("l2", ["l2", "linf"], "l2 or linf, the attack's ball"),
+    "budget": (0.1, positive, "its radius in units of s_t, a root mean square or largest element"),
     "attack_steps": (5, whole, "ascent steps"),
     "share": (0.5, number(float, 1e-9, 1), "of the sampling steps that is attacked, evenly spread"),
-    "eot": (0, number(int, 0), "attack D after the next step, mean over so many noises; 0: D now"),
+    "eot": (1, number(int, 0), "attack D after the next step, clipping included, in the mean over "
+                               "so many noises of ddpm; 0: D now, which overlooks the clipping"),
     "surrogate": (None, str, "second run, to attack through as well (transfer)"),
     "blur": (1.0, positive, "std of the blurred control, in pixels"),
-    "pairs": (Path("out/memorization.png"), Path, "PNG of the closest pairs"),
+    "pairs": (Path("out/memorization.png"), png, "PNG of the closest pairs"),
     "noise_std": ([0.1, 0.2], listed(positive), "std of the noise on the [-1, 1] scale"),
     "batch_size": (50, whole, "images at a time, per process; does not change the figures"),
     "device": ("auto", str, "cpu, cuda, cuda:1, mps"),
     "json": (None, Path, "file for the figures and their provenance"),
 }
 DRAW = ["num", "sampler", "steps", "spacing", "seed", "raw"]
-QUALITY = ["reference", "data_dir", "cache_dir", "reference_num", "features", "inception", *DRAW]
-MACHINE = ["batch_size", "device", "json"]
+QUALITY = ["reference", "data_dir", "cache_dir", "reference_num", "features", "inception", *DRAW,
+           "batch_size"]
+MACHINE = ["device", "json"]
 # name: (function, its subject, flags, flags that are otherwise here)
 COMMANDS = {
     "quality": (quality, "samples", QUALITY, {}),
     "memorization": (memorization, "samples", [*QUALITY, "holdout", "blur", "pairs"],
                      {"features": ("pixels", *FLAGS["features"][1:])}),
     "attack": (attack, "run", [*QUALITY, "norm", "budget", "attack_steps", "share", "eot",
-                               "surrogate"], {"num": (5000, whole, "images to draw")}),
+                               "surrogate"], {"num": (5000, ten, "images to draw")}),
     "steps": (few_steps, "run", QUALITY, {
-        "num": (5000, whole, "images to draw"),
+        "num": (5000, ten, "images to draw"),
         "steps": ([1000, 500, 300, 100, 50, 20, 10], listed(whole), "network calls per image"),
-        "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "samplers"),
-        "spacing": (["respaced"], listed(str, "respaced", "naive"), "spacings")}),
+        "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "of ddpm, ddim"),
+        "spacing": (["respaced"], listed(str, "respaced", "naive"),
+                    "of respaced, naive; naive leaves noise")}),
     "denoise": (denoise, "run", ["reference", "data_dir", "cache_dir", "num", "seed", "raw",
-                                 "noise_std"], {"num": (1000, whole, "held-out images")}),
+                                 "noise_std", "batch_size"],
+                {"num": (None, ten, "held-out images; None: 1000, or all")}),
     "overfit": (alarm, "run", ["data_dir", "cache_dir", "num"],
                 {"num": (16, whole, "training images")}),
 }
@@ -930,26 +999,37 @@ def parse_args(argv=None):
     for name, (function, subject, flags, special) in COMMANDS.items():
         text = " ".join(function.__doc__.split())
         q = commands.add_parser(name, help=text.split(". ")[0], description=text)
+        # for a command without these flags; those that it has set their own
+        q.set_defaults(about=["command", subject, *flags], reference_num=None, pairs=None,
+                       raw=name == "overfit")
         q.add_argument(subject, help="run folder of train.py, or a checkpoint file" + (
             "; or images: folder, zip or npz" if subject == "samples" else ""))
         for flag in [*flags, *MACHINE]:
             default, kind, text = special.get(flag, FLAGS[flag])
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             options = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-            q.add_argument(f"--{flag}", default=default, help=f"{text} ({shown})",
-                           **(options if kind else {"action": "store_true"}))
-        q.set_defaults(about=["command", subject, *flags], reference_num=None)
-    return p.parse_args(argv)
+            options = options | {"metavar": ""} if kind else {"action": "store_true"}
+            text += f" ({shown})" if default not in (None, False) else ""
+            q.add_argument(f"--{flag}", default=default, help=text, **options)
+    args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"{name} is empty")
+    return args
 
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
+    # a TorchScript file is what the user asks for, deprecated or not
+    warnings.filterwarnings("ignore", ".*torch.jit.load")
     args = parse_args(argv)
     args.rank, args.local, args.world, args.device = setup(args.device)
     args.exact = torch.device("cpu") if args.device.type == "mps" else args.device  # has float64
     args.about = {name: getattr(args, name) for name in args.about}
     if args.rank == 0:
         print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
+        for path in filter(None, (args.json, args.pairs)):
+            check_writable(path)
     if args.world > 1:
         start_group(args.device)
     rows = COMMANDS[args.command][0](args)
@@ -967,9 +1047,8 @@ def main(argv=None):
     if args.json:
         data = {**(rows[0] if args.command == "quality" else {"rows": rows}),
                 "provenance": args.about}
-        with writing(args.json):
-            write_atomically(args.json, lambda temporary: temporary.write_text(
-                json.dumps(data, indent=2, default=str) + "\n"))
+        text = json.dumps(data, indent=2, default=str) + "\n"
+        write_atomically(args.json, lambda temporary: temporary.write_text(text))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ started again, draws the missing images only.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -92,7 +93,7 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
 
 
 # The first word of every seed, so that no two uses of randomness share a stream
-INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH = range(1, 11)
+INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH, EOT = range(1, 12)
 
 
 def mix(*numbers):
@@ -169,6 +170,27 @@ def start_group(device):
 def duration(seconds):
     """Seconds -> "1:02:03"."""
     return str(timedelta(seconds=int(seconds)))
+
+
+@contextlib.contextmanager
+def ticker(title, total, lead=True):
+    """A line of progress with a rate and an ETA: call what it yields with how many are done."""
+    start = shown = time.time()
+
+    def tick(done):
+        nonlocal shown
+        now = time.time()
+        if lead and now - (start if done >= total else shown) > 2:
+            shown = now
+            rate = done / (now - start)
+            print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
+                  f"{duration((total - done) / rate)}   ", end="", flush=True)
+
+    try:
+        yield tick
+    finally:
+        if shown > start:
+            print(flush=True)
 
 
 # ---------- Command line
@@ -321,23 +343,20 @@ def main(argv=None):
     shape = model_shape(config)
     start = time.time()
 
-    for first in range(0, len(todo), args.batch_size):
-        batch = todo[first:first + args.batch_size]
+    with ticker("images", len(todo) * world, rank == 0) as tick:
+        for first in range(0, len(todo), args.batch_size):
+            batch = todo[first:first + args.batch_size]
 
-        def progress(i, steps):
-            share = (first + len(batch) * i / steps) / len(todo)
-            if rank == 0 and (i == steps or i % 10 == 0):
-                spent = time.time() - start
-                print(f"\r{share * len(mine):,.0f}/{len(mine):,} images"
-                      f"  {share * len(todo) * world / spent:.2f} img/s"
-                      f"  ETA {duration(spent / share - spent)}   ", end="", flush=True)
+            def progress(i, steps):
+                tick((first + len(batch) * i / steps) * world)
 
-        noise = image_noise(args.seed, batch, shape, device)
-        images = to_uint8(sample(net, diffusion, noise, args.sampler, args.steps, args.spacing,
-                                 progress=progress)).permute(0, 2, 3, 1).cpu().numpy()
-        for k, image in zip(batch, images):
-            image = Image.fromarray(image.squeeze())
-            write_atomically(path(k), lambda temporary: image.save(temporary, "PNG"))
+            noise = image_noise(args.seed, batch, shape, device)
+            x = sample(net, diffusion, noise, args.sampler, args.steps, args.spacing,
+                       progress=progress)
+            images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+            for k, image in zip(batch, images):
+                image = Image.fromarray(image.squeeze())
+                write_atomically(path(k), lambda temporary: image.save(temporary, "PNG"))
 
     if world > 1:
         dist.barrier()
@@ -346,7 +365,7 @@ def main(argv=None):
         images = np.stack([read_back(path(k), (*shape[1:], shape[0])) for k in range(args.num)])
         write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
         save_grid(images[:64].transpose(0, 3, 1, 2), f"{out}.png")
-        print(f"\n{args.num} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
+        print(f"{args.num} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
               f"the first {min(args.num, 64)} in {out}.png, {duration(time.time() - start)}")
 
 

@@ -692,7 +692,7 @@ def main(argv=None):
     # the first images as training sees them, the same at every call
     watched = training_images(images, np.arange(min(16, len(images))), kinds, cfg.noise_std,
                               cfg.seed).to(device)
-    step, kept, alarm = start, start, {}
+    step, kept = start, start
     recent, waited, stop = [], 0.0, False
     began = mark = time.perf_counter()
 
@@ -727,9 +727,10 @@ def main(argv=None):
             stop = asked.item() > 0
         logs, saves, draws, monitors = (every and step % every == 0 for every in (
             cfg.log_every, cfg.save_every, cfg.sample_every, cfg.monitor_every))
+        logs = logs or monitors  # the alarm is logged with the step that it is of
         ends = stop or step == cfg.steps
         # the figures stay on the device until something is due
-        if not (logs or saves or draws or monitors or ends or len(recent) % 100 == 0):
+        if not (logs or saves or draws or ends or len(recent) % 100 == 0):
             continue
 
         table = torch.stack(recent)
@@ -743,6 +744,7 @@ def main(argv=None):
             good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
             raise UserError(f"the loss or its gradient is not finite at step {bad}; last good "
                             f"checkpoint: {good}")
+        alarm = {}
         if monitors and lead:
             tic = time.perf_counter()
             pairs = overfit(net, diffusion, watched, alarm_times(cfg.T), perturbation)
@@ -760,7 +762,6 @@ def main(argv=None):
                 + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
                 + "".join(f"  overfit {max(r or 0 for r in value):.3f}" for value in alarm.values())
                 + f"  ETA {duration(row['eta_s'])}", flush=True)
-            alarm = {}
             if lead:
                 with open(log, "a") as file:
                     file.write(json.dumps(row) + "\n")

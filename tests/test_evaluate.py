@@ -13,12 +13,12 @@ from torch import nn
 
 import evaluate
 from conftest import TINY, script
-from evaluate import (Inception, NextLook, attacker, extract, load_inception, random_inception,
-                      residual_noise)
+from evaluate import (NextLook, attacker, extract, haar_counts, load_inception, noise_std,
+                      random_inception, residual_noise)
 from losses import Denoiser, Diffusion, Perturbation
 from model import UserError
-from sample import denoise_step, image_noise, load_run, sample
-from train import overfit
+from sample import ATTACK, denoise_step, image_noise, load_run, sample, ticker
+from train import load_images, overfit
 
 HERE = SimpleNamespace(rank=0, local=0, world=1, device=torch.device("cpu"), batch_size=3,
                        exact=torch.device("cpu"), about={}, cache_dir=None)
@@ -173,9 +173,9 @@ def test_neighbours_are_exact_and_in_order():
 def test_residual_noise():
     """White noise: its own std; smooth images: none; of uint8, the exact median."""
     noise = gaussian(20, 3 * 32 * 32, 0, 0.2).view(20, 3, 32, 32)
-    assert residual_noise(noise) == pytest.approx(0.2, rel=0.02)
+    assert noise_std(haar_counts(noise)) == pytest.approx(0.2, rel=0.02)
     ramp = torch.linspace(-1, 1, 32)[None, None, None].expand(4, 1, 32, 32)
-    assert residual_noise(ramp) < 1e-3
+    assert noise_std(haar_counts(ramp)) < 1e-3
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 9, 7), dtype=np.uint8)
     x = images[..., :8, :6] / 127.5 - 1
     detail = (x[..., ::2, ::2] - x[..., ::2, 1::2] - x[..., 1::2, ::2] + x[..., 1::2, 1::2]) / 2
@@ -207,6 +207,24 @@ def test_inception_has_the_published_layers(net):
             "fc.weight": (1008, 2048), "fc.bias": (1008,)}.items():
         assert shapes[name] == shape
     assert all(m.eps == 0.001 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_inception_computes_what_pytorch_fid_does():
+    """A value of each branch of the last block, and logits, as pytorch-fid 0.3.0 computed them."""
+    net = random_inception()[0].eval()
+    g = torch.Generator().manual_seed(1)
+    for name, values in sorted(net.named_buffers()):
+        if name.endswith("mean"):
+            values.normal_(0, 0.3, generator=g)
+        elif name.endswith("var"):
+            values.uniform_(0.5, 2, generator=g)
+    x = torch.randint(256, (1, 3, 40, 40), generator=torch.Generator().manual_seed(2)).byte()
+    with torch.no_grad():
+        features, logits = net(x)
+    assert features[0, [8, 326, 708, 1092, 1476, 1859]].tolist() == pytest.approx(
+        [1.3313296, 1.2831856, 1.3079925, 0.2727155, 0.3312625, 1.9609100], rel=1e-4)
+    assert logits[0, [0, 500, 1007]].tolist() == pytest.approx(
+        [-0.3846971, -0.4822296, -0.1432729], rel=1e-4)
 
 
 def test_inception_sizes_inputs_and_pools(net):
@@ -300,7 +318,8 @@ def test_inception_files(tmp_path, monkeypatch, net):
 
 def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net, monkeypatch):
     monkeypatch.setattr(evaluate, "random_inception", lambda: (net, "random"))
-    look = evaluate.load_features(SimpleNamespace(**{**vars(HERE), "features": "random"}))
+    args = SimpleNamespace(**{**vars(HERE), "features": "random"})
+    look = evaluate.load_features(args, (1, 16, 16))
     images = np.random.default_rng(0).integers(0, 256, (10, 1, 16, 16), dtype=np.uint8)
     by_three = extract(images, look, HERE, "")
     whole = SimpleNamespace(**{**vars(HERE), "batch_size": 10})
@@ -315,7 +334,7 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net, monkeypat
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def pictures(run, tmp_path_factory):
     """Twenty colour images as a folder, a zip and an npz; others that are wrong; a small network.
     """
     root = tmp_path_factory.mktemp("pictures")
@@ -332,6 +351,10 @@ def pictures(tmp_path_factory):
     np.savez(root / "small.npz", images[:, :8, :8])
     np.savez(root / "float.npz", np.full((20, 16, 16, 3), np.nan, np.float32))
     np.savez(root / "named.npz", other=images)
+    np.savez(root / "large.npz", np.zeros((20, 64, 64, 3), np.uint8))
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    del checkpoint["config"]["dataset"]
+    torch.save(checkpoint, root / "foreign.pt")
     (root / "broken.npz").write_bytes(b"PK and no more")
     (root / "broken.zip").write_bytes(b"PK and no more")
     for name in ("mixed", "colours", "corrupt", "empty"):
@@ -420,6 +443,72 @@ def test_quality_of_a_run_and_its_cached_reference(run, pictures, measure, capsy
     assert measure(*argv, "--raw")["fid"] != first["fid"]
 
 
+def test_the_note_of_sample_py_goes_with_its_own_images(pictures, measure, tmp_path):
+    """Beside the images in a folder, or beside samples.npz, and nothing else that lies there."""
+    for name in ("samples.npz", "other.npz"):
+        (tmp_path / name).write_bytes((pictures / "images.npz").read_bytes())
+    for image in (pictures / "folder").iterdir():
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    argv = ["--reference", pictures / "folder", "--features", pictures / "small.pt"]
+    for note, steps in (('{"steps": 7, "sampler": "ddpm"}', 7), ("[1, 2]", None), ("{", None)):
+        (tmp_path / "samples.json").write_text(note)
+        for name, found in (("samples.npz", steps), ("other.npz", None), (".", steps)):
+            about = measure("quality", tmp_path / name, *argv)["provenance"]
+            assert about["steps"] == found and about["seed"] is None
+            assert about["num"] == 20 and about["image"] == "16x16 RGB"
+
+
+def test_features_that_are_not_finite(pictures, measure, monkeypatch):
+    monkeypatch.setattr(evaluate, "random_inception", lambda: (nn.Sequential(nn.Flatten(), Log()),
+                                                               "logarithms"))
+    with pytest.raises(UserError, match="reference: .* not finite"):
+        measure("quality", pictures / "folder", "--reference", pictures / "folder", "--features",
+                "random")
+
+
+class Log(nn.Module):
+    def forward(self, x):
+        return x.log()
+
+
+def test_a_line_of_progress_ends_before_an_error(capsys, monkeypatch):
+    now = iter(range(0, 1000, 5))
+    monkeypatch.setattr("sample.time.time", lambda: next(now))
+    with pytest.raises(UserError), ticker("some", 10) as tick:
+        tick(1)
+        raise UserError("no")
+    assert capsys.readouterr().out.endswith("   \n")
+    with ticker("all", 10) as tick:
+        tick(1)
+        tick(10)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_cache_is_filled_by_one_process_a_machine(monkeypatch):
+    """And what it has loaded is not loaded again."""
+    calls = []
+    monkeypatch.setattr(evaluate.dist, "barrier", lambda: calls.append("wait"))
+    for local, world, order in ((0, 1, ["load"]), (0, 2, ["load", "wait"]),
+                                (1, 2, ["wait", "load"])):
+        calls.clear()
+        args = SimpleNamespace(local=local, world=world)
+        assert evaluate.first_here(args, lambda: calls.append("load") or 7) == 7
+        assert calls == order
+
+
+def test_a_data_set_made_smaller_is_noted(run, pictures, measure, in_process, tmp_path):
+    """Where a run's images ask for it; samples without a run are refused instead."""
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / "data" / f"{i}.png")
+    about = measure("quality", run, "--num", 10, "--steps", 1, "--reference", "cifar10",
+                    "--data_dir", tmp_path / "data", "--features", pictures / "small.pt")
+    assert about["provenance"]["reference"] == "cifar10 train, made 16x16 RGB of 32x32 RGB"
+    assert about["provenance"]["image"] == "16x16 RGB"
+
+
 def test_few_images_for_many_features_warn(pictures, measure, capsys):
     figures = measure("quality", pictures / "images.npz", "--reference", pictures / "folder",
                       "--features", "pixels")
@@ -427,23 +516,47 @@ def test_few_images_for_many_features_warn(pictures, measure, capsys):
     assert "N = 20 for 768 features" in capsys.readouterr().err
 
 
-def test_world_size_does_not_matter(run, pictures, tmp_path):
-    """Two processes share samples and images unevenly, and find what one finds."""
-    common = ["evaluate.py", "quality", run, "--num", 13, "--steps", 3, "--sampler", "ddpm",
-              "--reference_num", 31, "--features", pictures / "small.pt", "--batch_size", 4]
-    for n in (1, 2):
-        done = script(*common, "--cache_dir", tmp_path / str(n), "--json", tmp_path / f"{n}.json",
-                      processes=n)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("output ") == 1
-    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
-    assert one["provenance"]["sha256"]["reference"] == two["provenance"]["sha256"]["reference"]
+def shared(argv, tmp_path, processes):
+    """The JSON of a command under torchrun."""
+    done = script("evaluate.py", *argv, "--cache_dir", tmp_path, "--json", tmp_path / "a.json",
+                  processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("output ") == 1
+    return json.loads((tmp_path / "a.json").read_text())
+
+
+def test_world_size_does_not_matter(run, pictures, measure, tmp_path):
+    """Processes share images and samples unevenly, and find what one finds."""
+    argv = ["quality", pictures / "folder", "--num", 13, "--reference", pictures / "images.npz",
+            "--reference_num", 17, "--features", pictures / "small.pt", "--batch_size", 4]
+    one, two = measure(*argv), shared(argv, tmp_path, 2)
+    assert one["fid"] > 0 and one["kid_mean"] != 0 and 0 < one["residual_noise"]
     for key in KEYS:
-        # a pixel may round to the next of 255 levels in another batch
-        assert one[key] == pytest.approx(two[key], rel=5e-3) if one[key] else True
+        assert one[key] == two[key]
+
+    # drawn, a pixel may round to the next of 255 levels in another batch
+    argv = ["attack", run, "--num", 13, "--steps", 3, "--sampler", "ddpm", "--reference_num", 31,
+            "--features", pictures / "small.pt", "--batch_size", 4]
+    one, two = (found["rows"] for found in (measure(*argv), shared(argv, tmp_path, 2)))
+    for a, b in zip(one, two):
+        assert a["norm_min"] == pytest.approx(b["norm_min"], rel=1e-3)
+        for key in ("fid", "mse", "residual_noise", "residual_noise_reference"):
+            assert a[key] == pytest.approx(b[key], rel=5e-3)
 
 
-def test_attack(run, pictures, measure):
+def test_more_processes_than_images(monkeypatch):
+    """Eleven for ten: each looks at its share, and the last one at what gather() leaves out."""
+    images = np.random.default_rng(0).integers(0, 256, (10, 1, 4, 4), dtype=np.uint8)
+    parts = []
+    monkeypatch.setattr(evaluate, "gather", lambda part, *_: parts.append(part) or part)
+    for rank in range(11):
+        args = SimpleNamespace(**{**vars(HERE), "world": 11, "rank": rank})
+        extract(images, lambda x, index: [x.flatten(1)], args, "")
+    found = torch.stack(parts, dim=1).flatten(0, 1)[:10]
+    assert torch.equal(found, torch.from_numpy(images).flatten(1))
+
+
+def test_attack(run, pictures, measure, monkeypatch):
     """The same seeds attacked and not; equal norms; what ascends moves the images furthest."""
     flags = ["--num", 12, "--steps", 4, "--reference_num", 20, "--features", pictures / "small.pt",
              "--budget", 0.3]
@@ -458,8 +571,12 @@ def test_attack(run, pictures, measure):
             assert row["norm_max"] == pytest.approx(0.3, rel=1e-3)
             assert row["mse"] > 0
     # through the same network, transfer is the white box
+    drawn, real = [], evaluate.draw
+    monkeypatch.setattr(evaluate, "draw", lambda *args: drawn.append(real(*args)) or drawn[-1])
     rows = measure("attack", run, *flags, "--surrogate", run)["rows"]
     assert rows[2]["mse"] == rows[3]["mse"]
+    for row, images in zip(rows, drawn):
+        assert row["mse"] == pytest.approx(np.mean((images / 127.5 - drawn[0] / 127.5) ** 2))
     assert measure("attack", run, *flags)["rows"][0]["fid"] == rows[0]["fid"]
 
 
@@ -494,7 +611,9 @@ def test_attacker_uses_its_own_noise_and_beats_chance(norm, eot):
         clean = sample(net, diffusion, lambda: g, "ddim", 10)
         x = sample(net, diffusion, lambda: g, "ddim", 10, perturb=watched)
         moved[steps] = (x - clean).square().mean().item()
-        assert sum(pushed for _, pushed in times) == 5 and len(times) == 10
+        # half of the ten: the middles of five equal parts
+        assert [i for i, (_, pushed) in enumerate(times) if pushed] == [1, 3, 5, 7, 9]
+        assert len(times) == 10
         if steps == 0 and norm == "l2":
             # not the sampler's own stream, whose first draw is x_T
             y = attacker(net, 0, diffusion, shape, args, norms)(range(64))(g, times[1][0])
@@ -511,6 +630,31 @@ def test_attacker_uses_its_own_noise_and_beats_chance(norm, eot):
     assert moved[3] > (1.1 if norm == "l2" else 1) * moved[0] > 0
 
 
+def test_attack_noises(monkeypatch):
+    """The start is the same whatever --eot; the sampler's noises are k others, normal."""
+    seen = {}
+
+    class Look(NextLook):
+        def __init__(self, net, diffusion, after, sampler, noises):
+            super().__init__(net, diffusion, after, sampler, noises)
+            seen["noises"] = torch.stack(noises)
+
+    monkeypatch.setattr(evaluate, "NextLook", Look)
+    monkeypatch.setattr(evaluate, "trajectory_attack", lambda view, diffusion, chosen, noise, *_: (
+        seen.update(view=view, start=noise())))
+    starts = []
+    for eot in (0, 1, 4):
+        args = SimpleNamespace(seed=3, steps=10, spacing="respaced", sampler="ddpm", share=0.5,
+                               norm="l2", budget=0.2, eot=eot, device=torch.device("cpu"))
+        attacker(Stretch(), 3, Diffusion(), (1, 1, 2), args, torch.zeros(64))(range(64))
+        starts.append(seen["start"])
+        assert isinstance(seen["view"], Look if eot else Denoiser)
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
+    assert seen["noises"].shape == (4, 64, 1, 1, 2) and 0.9 < seen["noises"].std() < 1.1
+    for one, other in itertools.combinations([starts[0], *seen["noises"]], 2):
+        assert not torch.allclose(one, other)
+
+
 def test_next_look_is_the_mean_denoised_image_after_the_step():
     net, diffusion = Stretch(), Diffusion()
     x = torch.randn(3, 1, 1, 2, generator=torch.Generator().manual_seed(0)) / 4
@@ -523,18 +667,25 @@ def test_next_look_is_the_mean_denoised_image_after_the_step():
     assert not torch.allclose(looks[0], looks[1])
     last = denoise_step(net, diffusion, x, 20, -1, "ddpm", None)
     torch.testing.assert_close(view(x, torch.full((3,), 20)), last)
+    # one call for the step and one a look; without noise in the step one look is all of them
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    view(x, torch.full((3,), 500))
+    assert len(calls) == 3
+    view.sampler = "ddim"
+    look = view(x, torch.full((3,), 500))
+    assert len(calls) == 5
+    step = denoise_step(net, diffusion, x, 500, 300, "ddim", None)
+    torch.testing.assert_close(look, denoiser(step, torch.full((3,), 300)))
 
 
-def test_steps(run, pictures, measure, capsys):
-    rows = measure("steps", run, "--num", 12, "--steps", "3,2000,2", "--sampler", "ddpm,ddim",
+def test_steps(run, pictures, measure):
+    rows = measure("steps", run, "--num", 12, "--steps", "3,2", "--sampler", "ddpm,ddim",
                    "--spacing", "respaced,naive", "--reference_num", 20, "--features",
                    pictures / "small.pt")["rows"]
     assert [(r["sampler"], r["spacing"], r["steps"]) for r in rows] == list(
         itertools.product(["ddpm", "ddim"], ["respaced", "naive"], [3, 2]))
-    assert "2000 steps: left out, the model has T = 1000" in capsys.readouterr().err
     assert len({row["fid"] for row in rows if row["steps"] == 3}) == 4
-    with pytest.raises(UserError, match="T = 1000"):
-        measure("steps", run, "--steps", "2000")
 
 
 def test_memorization_finds_copies(pictures, measure, tmp_path):
@@ -563,6 +714,12 @@ def test_memorization_finds_copies(pictures, measure, tmp_path):
             assert rows["samples"]["> 0.99"] == 0.5
             assert rows["held out"]["copied"] == rows["blurred"]["> 0.99"] == 0
             assert rows["held out"]["similar 99%"] < 0.4
+        else:
+            net = torch.jit.load(features)
+            of = [nn.functional.normalize(net(torch.from_numpy(x).permute(0, 3, 1, 2)))
+                  for x in (held, train)]
+            nearest = (of[0] @ of[1].T).amax(1)
+            assert rows["held out"]["similar 50%"] == pytest.approx(nearest.quantile(0.5).item())
     picture = np.array(Image.open(tmp_path / "pairs.png"))
     # the first two tiles, a sample and its training image, are alike
     assert picture.shape[1] == 8 * 50 + 2
@@ -580,6 +737,30 @@ def test_denoise(run, measure):
         assert row["input residual"] == pytest.approx(std, rel=0.1)
         assert row["clean residual"] < 0.02
         assert 0 < row["one-shot psnr"] < 60 and 0 < row["ancestral psnr"] < 60
+
+
+def test_denoise_of_a_linear_denoiser_by_hand(run, measure, monkeypatch):
+    """D(x_t) = x_t / (2 sqrt(a)) from the step where the noise is as strong as the images."""
+    config, diffusion, shape = load_run(run, "cpu")[2], Diffusion(), (3, 16, 16)
+
+    def halve(x, t):
+        return x / (2 * diffusion.at(t, x)[1])
+
+    monkeypatch.setattr(evaluate, "load_run", lambda *_: (halve, diffusion, config, {}))
+    row, = measure("denoise", run, "--noise_std", 1, "--num", 12)["rows"]
+    a = diffusion.alpha_bar
+    t = (((1 - a) / a).sqrt() - 1).abs().argmin().item()
+    clean = torch.from_numpy(load_images("shapes", 16, 3, split="test")[:12]).float() / 127.5 - 1
+    noisy = clean + image_noise(0, range(12), shape, "cpu", ATTACK)()
+    x, noise = a[t].sqrt().float() * noisy, image_noise(0, range(12), shape, "cpu")
+    for now in range(t, -1, -1):
+        x = denoise_step(halve, diffusion, x, now, now - 1, "ddpm", noise)
+    ends = {"input": noisy, "one-shot": (noisy / 2).clamp(-1, 1), "ancestral": x.clamp(-1, 1)}
+    for name, end in ends.items():
+        psnr = 10 * torch.log10(4 / (end - clean).square().mean((1, 2, 3)))
+        assert row[f"{name} psnr"] == pytest.approx(psnr.mean().item(), rel=1e-4)
+        assert row[f"{name} residual"] == pytest.approx(noise_std(haar_counts(end)), rel=1e-3)
+    assert row["t"] == t and len({f"{row[f'{name} psnr']:.2f}" for name in ends}) == 3
 
 
 def test_overfit_command_and_monitoring(measure, in_process, tmp_path, capsys):
@@ -605,6 +786,15 @@ def test_overfit_command_and_monitoring(measure, in_process, tmp_path, capsys):
     assert found["provenance"]["weights"] == "raw"
 
 
+@pytest.mark.parametrize("log_every", [0, 3])
+def test_the_alarm_is_logged_at_the_step_that_it_is_of(log_every, in_process, tmp_path):
+    in_process("train", *TINY, "--mode", "dsm", "--steps", 6, "--monitor_every", 2, "--log_every",
+               log_every, "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "overfit" in row] == [2, 4, 6]
+    assert [row["step"] for row in rows if "overfit" not in row] == [3][:log_every]
+
+
 def test_alarm_sounds_for_a_network_that_deceives_one_step():
     """eps = sin(6 x): a full step overshoots the hill that ten small ones climb."""
 
@@ -624,6 +814,17 @@ def test_alarm_sounds_for_a_network_that_deceives_one_step():
     assert pgd == pytest.approx(own, rel=1e-3)
     assert overfit(Wave(), Diffusion(), x0, [500], cfg) == overfit(Wave(), Diffusion(), x0, [500],
                                                                   cfg)
+
+
+def test_the_runs_own_data_set_is_where_the_run_had_it(pictures, measure, in_process, tmp_path):
+    """Named or not; and of a folder, which has no split, no held-out images."""
+    folder = tmp_path / "folder"
+    in_process("train", *TINY, "--dataset", "folder", "--data_dir", pictures / "folder", "--steps",
+               1, "--noise_p", 0.5, "--noise_std", 0.2, "--out", folder)
+    argv = ["quality", folder, "--num", 10, "--steps", 1, "--features", pictures / "small.pt"]
+    assert measure(*argv)["fid"] == measure(*argv, "--reference", "folder")["fid"]
+    with pytest.raises(UserError, match="folder has no test split: name a folder, zip or npz"):
+        measure("memorization", folder, "--holdout", "folder")
 
 
 def test_a_surrogate_of_another_shape(run, in_process, tmp_path):
@@ -650,29 +851,57 @@ def test_a_surrogate_of_another_shape(run, in_process, tmp_path):
     (["quality", "P/broken.npz", "--reference", "P/folder"], "broken.npz"),
     (["quality", "P/broken.zip", "--reference", "P/folder"], "broken.zip"),
     (["quality", "P/grey.npz", "--reference", "P/folder"], "grey"),
-    (["quality", "P/grey.npz", "--reference", "cifar10"], "cifar10 is 16x16 RGB"),
-    (["quality", "P/folder", "--reference", "fashion_mnist"], "fashion_mnist is 16x16 grey"),
+    (["quality", "P/grey.npz", "--reference", "cifar10"], "cifar10 is 32x32 RGB"),
+    (["quality", "P/folder", "--reference", "fashion_mnist"], "fashion_mnist is 28x28 grey"),
+    (["quality", "P/small.npz", "--reference", "cifar10"], "32x32 RGB, the sample 8x8 RGB"),
+    (["quality", "P/folder", "--reference", "P/folder", "--num", "21"],
+     "samples: 20 images, --num asks for 21"),
+    (["quality", "RUN", "--reference", "P/folder", "--reference_num", "21"],
+     "reference: 20 images, --reference_num asks for 21"),
+    (["quality", "P/large.npz", "--reference", "P/large.npz", "--features", "pixels"], "12288"),
+    (["denoise", "RUN", "--reference", "P/folder", "--num", "21"], "20 images, --num asks for 21"),
+    (["overfit", "P/foreign.pt"], "foreign.pt: its config is not one of train.py"),
+    (["quality", "P/foreign.pt"], "foreign.pt: its config is not one of train.py"),
     (["quality", "P/small.npz", "--reference", "P/folder"], "8x8"),
     (["quality", "P/folder"], "--reference is needed"),
     (["quality", "P/folder", "--reference", "P/folder", "--features", "P/wrong.pt"], "(B, d)"),
     (["quality", "P/folder", "--reference", "P/folder", "--features", "P/no.pt"], "no.pt"),
     (["quality", "P/folder", "--reference", "P/folder", "--features", "inception", "--inception",
       "P/small.pt"], "not the weights"),
-    (["quality", "P/folder", "--reference", "P/folder", "--json", "LICENSE/a.json"], "LICENSE"),
+    (["quality", "RUN", "--json", "LICENSE/a.json"], "cannot write LICENSE/a.json"),
+    (["quality", "RUN", "--json", "tests"], "cannot write tests"),
     (["memorization", "P/folder", "--reference", "P/folder", "--holdout", "P/grey.npz"], "grey"),
     (["attack", "P/folder"], "no checkpoint"),
     (["attack", "RUN", "--steps", "2000", "--num", "12"], "T = 1000"),
     (["attack", "RUN", "--share", "0"], "--share"),
+    (["steps", "RUN", "--steps", "3,2000"], "T = 1000"),
+    (["quality", "RUN", "--num", "5"], "--num: '5' is not a whole number, at least 10"),
+    (["quality", "RUN", "--reference_num", "9"], "--reference_num"),
+    (["quality", "RUN", "--reference", "P/nowhere"], "no such file"),
+    (["quality", "RUN", "--features", "P/no.pt"], "no.pt"),
+    (["memorization", "RUN", "--reference", "P/nowhere"], "no such file"),
+    (["memorization", "RUN", "--holdout", "P/grey.npz"], "grey"),
+    (["memorization", "RUN", "--blur", "6"], "--blur 6.0: too wide for images of 16 pixels"),
+    (["memorization", "RUN", "--pairs", "out/pairs"], "does not end in .png"),
+    (["memorization", "RUN", "--pairs", "LICENSE/a.png"], "cannot write LICENSE/a.png"),
     (["steps", "RUN", "--sampler", "euler"], "is not of ddpm, ddim"),
     (["steps", "RUN", "--steps", "ten"], "--steps"),
     (["denoise", "RUN", "--noise_std", "0"], "--noise_std"),
     (["overfit", "RUN", "--device", "tpu9"], "device tpu9"),
     (["overfit", "RUN", "--data_dir", "nowhere"], "--data_dir"),
+    (["quality", "", "--reference", "P/folder"], "samples is empty"),
+    (["quality", "P/folder", "--reference", ""], "reference is empty"),
+    (["memorization", "RUN", "--reference", "cifar10", "--holdout", "cifar10", "--data_dir",
+      "P/empty"], "no train images of cifar10"),
+    (["denoise", "RUN", "--reference", "cifar10", "--data_dir", "P/empty"],
+     "no test images of cifar10"),
     (["quality"], "samples"),
     (["polish", "RUN"], "invalid choice"),
     ([], "command"),
 ])
-def test_bad_input_is_one_line(argv, words, run, pictures, in_process, tmp_path):
+def test_bad_input_is_one_line(argv, words, run, pictures, in_process, tmp_path, monkeypatch):
+    """And before any work: nothing is drawn."""
+    monkeypatch.setattr(evaluate, "sample", None)
     argv = [part.replace("P/", f"{pictures}/").replace("RUN", str(run)) for part in argv]
     if argv and argv[0] in ("quality", "memorization", "attack", "steps") and len(argv) > 1:
         argv += ["--cache_dir", str(tmp_path)]
@@ -686,7 +915,12 @@ def test_a_mistake_as_a_user_meets_it(pictures, capsys):
     done = script("evaluate.py", "quality", pictures / "corrupt", "--cache_dir", pictures / "cache",
                   "--reference", pictures / "folder")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "005.png" in done.stderr
+    for flag in (["--features", pictures / "wrong.pt"], ["--inception", pictures / "small.pt"]):
+        done = script("evaluate.py", "quality", pictures / "folder", "--reference",
+                      pictures / "folder", *flag)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and ".pt" in done.stderr
     with pytest.raises(SystemExit):
         evaluate.parse_args(["steps", "-h"])
     text = " ".join(capsys.readouterr().out.split())
     assert "network calls per image (1000,500,300,100,50,20,10)" in text
+    assert "None)" not in text
