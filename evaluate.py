@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import gaussian_blur, normalize
 
 from losses import Denoiser, Perturbation, mean_square, trajectory_attack
 from model import UserError, run_cli
@@ -400,13 +400,10 @@ class DINOv2(nn.Module):
             self.vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", trust_repo=True)
         except Exception as error:  # no network, or what the hub's code raises
             raise UserError(f"--features dinov2: torch.hub could not load it ({error})") from error
-        self.norm = nn.BatchNorm2d(3, eps=0, affine=False)
-        self.norm.running_mean[:] = torch.tensor([0.485, 0.456, 0.406])
-        self.norm.running_var[:] = torch.tensor([0.229, 0.224, 0.225]) ** 2
 
     def forward(self, x):
         x = F.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True)
-        return self.vit(self.norm(x.clamp(0, 1)))
+        return self.vit(normalize(x.clamp(0, 1), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
 @torch.no_grad()
@@ -1009,7 +1006,7 @@ def parse_args(argv=None):
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             options = {"choices": kind} if isinstance(kind, list) else {"type": kind}
             options = options | {"metavar": ""} if kind else {"action": "store_true"}
-            text += f" ({shown})" if default not in (None, False) else ""
+            text += f" ({shown})" if kind and default is not None else ""
             q.add_argument(f"--{flag}", default=default, help=text, **options)
     args = p.parse_args(argv)
     for name, value in vars(args).items():
