@@ -15,7 +15,6 @@ import argparse
 import copy
 import importlib.util
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,13 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from losses import MODES, Diffusion, Perturbation  # noqa: E402
+from losses import Diffusion, Perturbation  # noqa: E402
 from model import UNET_KEYS, UNet, run_cli  # noqa: E402
 from sample import Parser, image_noise, number, sample, setup  # noqa: E402
 from train import (NOISY, FLAGS, Objective, batch_index, training_images, update,  # noqa: E402
                    widths)
 
-UNITS = {"dsm": 3, "random": 6, "adv": 8, "invariant": 8, "diffusers": 3}
+UNITS = {"dsm": 3, "random": 6, "free": 6, "adv": 8, "invariant": 8, "diffusers": 3}
 
 
 def diffusers_net(args):
@@ -107,17 +106,23 @@ def seconds(function, device):
     return time.perf_counter() - tic
 
 
+def resident(field):
+    """MiB of this process by Linux's count: "VmRSS" now, "VmHWM" the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
 def peak_memory(name, args):
     """MiB that three steps of a contestant add to the process (CUDA: its allocator's peak)."""
     torch.set_num_threads(args.threads)
     device = setup(args.device)[3]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = resident("VmRSS")
     step, _ = contestant(name, args, device)
     for _ in range(3):
         step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return resident("VmHWM") - before
 
 
 def data_seconds(args, folder):
@@ -198,11 +203,12 @@ def main(argv=None):
             noise = image_noise(0, range(batch), shape, device)
             sampled.append(seconds(lambda: sample(net, diffusion, noise, "ddim", 4), device))
             bare.append(seconds(lambda: [net(x, t) for _ in range(4)], device))
-    print(f"\nddim, batch {batch}: {statistics.median(sampled) / 4:.3f} s a step, the bare network "
-          f"{statistics.median(bare) / 4:.3f} s ({statistics.median(sampled) / statistics.median(bare):.3f}x)")
+    sampled, bare = statistics.median(sampled) / 4, statistics.median(bare) / 4
+    print(f"\nddim, batch {batch}: {sampled:.3f} s a step, the bare network {bare:.3f} s "
+          f"({sampled / bare:.3f}x)")
     with tempfile.TemporaryDirectory() as folder:
-        print(f"a noisy batch from {args.cached:,} cached images: {data_seconds(args, folder):.4f} s"
-              ", made while the step before it runs")
+        print(f"a noisy batch from {args.cached:,} cached images: {data_seconds(args, folder):.4f} "
+              "s, made while the step before it runs")
 
 
 if __name__ == "__main__":
