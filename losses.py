@@ -102,10 +102,7 @@ def radius_sigma(s, beta, lam, rho):
 
 
 def radius_epsilon(s, beta, lam, rho):
-    """Reading `epsilon`: half-width r = s^rho + beta in eps-space.
-
-    Returns (r, lam_t) = (r, lam sqrt(3) / r), shaped as s.
-    """
+    """Reading `epsilon`: (r, lam_t) = (s^rho + beta, lam sqrt(3) / r), r in eps-space."""
     r = s**rho + beta
     return r, lam * math.sqrt(3) / r
 
@@ -158,17 +155,6 @@ def repeat_randomness(device):
 def random_omega(r, like):
     """omega ~ U[-r, r] per element; r (B, 1, ...), result (B, ...) as `like`."""
     return r * (2 * torch.rand_like(like) - 1)
-
-
-def along_prediction(r, clean):
-    """omega = +- r sqrt(d) eps_theta / |eps_theta|: along the predicted noise, without an ascent.
-
-    clean: eps_theta(x_t, t) (B, ...).  On linear-Gaussian data its covariance is I - C, with C the
-    gain of the denoiser: largest where the data varies least, which is where `ascend` goes too.
-    """
-    either = torch.randn_like(r).sign()
-    length = mean_square(clean).sqrt().clamp(min=1e-6).view_as(r)
-    return r * either * clean.detach() / length.detach()
 
 
 def ascend(omega, net, x_t, s, t, r, clean, cfg, again=lambda: None):
@@ -226,6 +212,7 @@ def trajectory_attack(view, diffusion, chosen, noise, norm="l2", budget=0.5, ste
     """
     cfg = Perturbation(ascent_norm=norm, ascent_steps=steps)
 
+    @torch.no_grad()
     def perturb(x, t):
         if t not in chosen:
             return x
@@ -239,9 +226,7 @@ def trajectory_attack(view, diffusion, chosen, noise, norm="l2", budget=0.5, ste
         else:
             omega = r * omega / mean_square(omega).sqrt().view_as(r)
         if steps:
-            with torch.no_grad():
-                clean = view(x, t)
-            omega = ascend(omega, view, x, s, t, r, clean, cfg)
+            omega = ascend(omega, view, x, s, t, r, view(x, t), cfg)
         return x + s * omega
 
     return perturb
@@ -256,10 +241,10 @@ def dsm(net, diffusion, x0, t, eps, cfg=None):
     return loss, {"dsm": loss.detach()}
 
 
-def regularised(net, diffusion, x0, t, eps, cfg, direction, equivariant=True):
+def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     """dsm + lam_t |eps_theta(x_t + s omega, t) - eps_theta(x_t, t) - omega|^2.
 
-    direction: of omega, "random", "ascent" or "prediction".
+    adversarial: omega from `ascend`, else random.
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
     x_t = diffusion.diffuse(x0, t, eps)
@@ -271,10 +256,8 @@ def regularised(net, diffusion, x0, t, eps, cfg, direction, equivariant=True):
 
     again = repeat_randomness(x.device)
     clean = net(x, times)
-    if direction == "ascent":
+    if adversarial:
         omega = ascend(omega, net, x, s, times, r, clean, cfg, again)
-    elif direction == "prediction":
-        omega = along_prediction(r, clean)
     again()
     moved = net(x + s * omega, times)
 
@@ -290,22 +273,17 @@ def regularised(net, diffusion, x0, t, eps, cfg, direction, equivariant=True):
 
 def random(net, diffusion, x0, t, eps, cfg):
     """Random equivariance: omega ~ U[-r, r]."""
-    return regularised(net, diffusion, x0, t, eps, cfg, "random")
+    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=False, equivariant=True)
 
 
 def adv(net, diffusion, x0, t, eps, cfg):
     """Adversarial equivariance, the paper's method: omega moves the prediction most."""
-    return regularised(net, diffusion, x0, t, eps, cfg, "ascent")
-
-
-def free(net, diffusion, x0, t, eps, cfg):
-    """Ours: omega along the predicted noise, adversarial at the price of random."""
-    return regularised(net, diffusion, x0, t, eps, cfg, "prediction")
+    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=True, equivariant=True)
 
 
 def invariant(net, diffusion, x0, t, eps, cfg):
     """A classifier's adversarial training, |eps_theta(x_t + s omega) - eps_theta(x_t)|^2: fails."""
-    return regularised(net, diffusion, x0, t, eps, cfg, "ascent", equivariant=False)
+    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=True, equivariant=False)
 
 
-MODES = {"dsm": dsm, "random": random, "adv": adv, "free": free, "invariant": invariant}
+MODES = {"dsm": dsm, "random": random, "adv": adv, "invariant": invariant}

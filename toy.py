@@ -58,8 +58,6 @@ VARIANTS = {
     "adv_l2": ("adv", {"ascent_norm": "l2"}, "adversarial, l2, 1 step"),
     "adv_l2x3": ("adv", {"ascent_norm": "l2", "ascent_steps": 3}, "adversarial, l2, 3 steps"),
     "adv_l2_share": ("adv", {"ascent_norm": "l2", "reg_share": 0.3}, "l2, 30 % of each batch"),
-    "free": ("free", {}, "along the prediction"),
-    "free_share": ("free", {"reg_share": 0.5}, "the same, half of a batch"),
     "invariant": ("invariant", {}, "invariance"),
 }
 HELD_OUT = 500

@@ -34,7 +34,7 @@ from sample import Parser, image_noise, number, sample, setup  # noqa: E402
 from train import (NOISY, FLAGS, Objective, batch_index, training_images, update,  # noqa: E402
                    widths)
 
-UNITS = {"dsm": 3, "random": 6, "free": 6, "adv": 8, "invariant": 8, "diffusers": 3}
+UNITS = {"dsm": 3, "random": 6, "adv": 8, "invariant": 8, "diffusers": 3}
 
 
 def diffusers_net(args):
