@@ -105,8 +105,7 @@ def extract(images, look, args, title, chosen=None):
 
 
 def check_writable(path):
-    """Make a file's folder; UserError, before the work and not after it, if it cannot be written.
-    """
+    """Make a file's folder; UserError, before the work, if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         open(path, "ab").close()

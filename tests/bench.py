@@ -28,11 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from losses import Diffusion, Perturbation  # noqa: E402
-from model import UNET_KEYS, UNet, run_cli  # noqa: E402
+from losses import MODES, Diffusion, Perturbation  # noqa: E402
+from model import UNET_KEYS, UNet, UserError, run_cli  # noqa: E402
 from sample import Parser, image_noise, number, sample, setup  # noqa: E402
-from train import (NOISY, FLAGS, Objective, batch_index, training_images, update,  # noqa: E402
-                   widths)
+from train import FLAGS, NOISY, Objective, batch_index, training_images, update  # noqa: E402
 
 UNITS = {"dsm": 3, "random": 6, "adv": 8, "invariant": 8, "diffusers": 3}
 
@@ -169,6 +168,8 @@ def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = setup(args.device)[3]
+    if args.modes.split(",")[0] not in MODES or not set(args.modes.split(",")) <= set(UNITS):
+        raise UserError(f"--modes {args.modes}: of {','.join(UNITS)}, one of ours first")
     names = [name for name in args.modes.split(",")
              if name != "diffusers" or importlib.util.find_spec("diffusers")]
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
