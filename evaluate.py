@@ -665,6 +665,15 @@ def residual_noise(images):
                          for i in range(0, len(images), size)))
 
 
+def pixel_std(images):
+    """Standard deviation over all values of uint8 images (N, C, H, W), on the [-1, 1] scale."""
+    counts = sum(np.bincount(images[i:i + 1000].ravel(), minlength=256)
+                 for i in range(0, len(images), 1000))
+    levels = np.arange(256) / 127.5
+    mean = np.average(levels, weights=counts)
+    return math.sqrt(np.average((levels - mean) ** 2, weights=counts))
+
+
 def describe(images, look, args, title, keep=False):
     """What the figures need of a set (N, C, H, W): a dict of tensors, on the first process alone.
 
@@ -674,7 +683,7 @@ def describe(images, look, args, title, keep=False):
     for i in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[i:i + 1000]))
     args.about.setdefault("sha256", {})[title] = digest.hexdigest()[:16]
-    digest.update(args.about["features"].encode())
+    digest.update(f"{args.about['features']}, with pixel_std".encode())
     path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
     # the first process decides for all
     found = torch.tensor([keep and path.exists()])
@@ -694,7 +703,8 @@ def describe(images, look, args, title, keep=False):
     centred = functools.partial(torch.sub, other=mean.float().to(args.exact))
     nearest = neighbours(rows, rows, 3, centred, args, f"{title}: radii", same=True)[0]
     stats = {"features": rows, "mean": mean, "cov": cov, "radii": nearest[:, -1].sqrt(),
-             "residual_noise": torch.tensor(residual_noise(images), dtype=torch.float64)}
+             "residual_noise": torch.tensor(residual_noise(images), dtype=torch.float64),
+             "pixel_std": torch.tensor(pixel_std(images), dtype=torch.float64)}
     if keep:
         write_atomically(path, lambda temporary: save_npz(temporary, **stats))
     return {**stats, "logits": logits[0] if logits else None}
@@ -716,7 +726,7 @@ def figures(fake, real, args):
     """Quality of a described set against another: a dict by JSON key, {} but on the first process.
 
     fid, is_mean, is_std (None without logits), kid_mean, kid_std, precision, recall, and the
-    residual noise of both, std on the [-1, 1] scale.
+    residual noise and std over all pixels of both, on the [-1, 1] scale.
     """
     if args.rank:
         return {}
@@ -734,6 +744,7 @@ def figures(fake, real, args):
         "recall": inside(real, fake, args, "recall"),
         "residual_noise": fake["residual_noise"].item(),
         "residual_noise_reference": real["residual_noise"].item(),
+        "pixel_std": fake["pixel_std"].item(), "pixel_std_reference": real["pixel_std"].item(),
     }
 
 

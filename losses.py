@@ -287,3 +287,10 @@ def invariant(net, diffusion, x0, t, eps, cfg):
 
 
 MODES = {"dsm": dsm, "random": random, "adv": adv, "invariant": invariant}
+
+
+def forward_units(mode, cfg):
+    """Compute of a training step in forwards of its batch, a backward counted as two."""
+    if mode == "dsm":
+        return 3
+    return 3 + cfg.reg_share * (3 + (0 if mode == "random" else 2 * cfg.ascent_steps))

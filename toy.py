@@ -13,6 +13,7 @@ subspace  images projected on their first principal components, as flat vectors
 memorize  few training points (of the first corruption): copies, and the error on fresh points
 attack    perturbed sampling trajectories, beside random perturbations of the same norm
 why       which directions the perturbation picks, and what the penalty then removes
+frontier  what a training step costs against what it removes and keeps (not part of `all`)
 
 Corruptions, frozen per training point: noise on 90 % of them (std .1, .2), 10 % outliers (uniform
 in [-2, 2] per coordinate; in [-1, 1] for images). The flags narrow them to one. The mode `exact`
@@ -37,8 +38,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from losses import (MODES, READINGS, Denoiser, Diffusion, Perturbation, ascend, radius_and_weight,
-                    random_omega, trajectory_attack)
+from losses import (MODES, READINGS, Denoiser, Diffusion, Perturbation, ascend, forward_units,
+                    radius_and_weight, random_omega, trajectory_attack)
 from model import UserError, run_cli, timestep_embedding
 from sample import TOY, Parser, duration, mix, number, sample, timesteps, write_atomically
 from train import NOISY, OUTLIER, choose_corruption, load_images, shapes
@@ -57,10 +58,18 @@ VARIANTS = {
     "adv": ("adv", {}, "adversarial (paper)"),
     "adv_l2": ("adv", {"ascent_norm": "l2"}, "adversarial, l2, 1 step"),
     "adv_l2x3": ("adv", {"ascent_norm": "l2", "ascent_steps": 3}, "adversarial, l2, 3 steps"),
+    "adv_share": ("adv", {"reg_share": 0.3}, "adversarial, 30 % of each batch"),
     "adv_l2_share": ("adv", {"ascent_norm": "l2", "reg_share": 0.3}, "l2, 30 % of each batch"),
     "invariant": ("invariant", {}, "invariance"),
 }
 HELD_OUT = 500
+# Where `frontier` looks: (a figure of what should go, one of what should stay)
+FRONTIER = {
+    ("plane", (0.9, 0.2, 0.0)): ("off_plane_rms", "in_plane_std_ratio"),
+    ("plane", (0.0, 0.0, 0.1)): ("off_plane_rms", "in_plane_std_ratio"),
+    ("mixture", (0.9, 0.2, 0.0)): ("spurious_mass", "mass_error"),
+    ("subspace", (0.9, 0.2, 0.0)): ("outside_share", "variance_ratio"),
+}
 
 
 def seeded(use, *numbers):
@@ -664,6 +673,41 @@ PANEL, LEFT, GAP, CAPTION = 170, 150, 8, 32
 SETTINGS = ("weight", "reading", "training_steps", "samples", "sample_steps")
 
 
+def frontier(net, run, args):
+    """What training in this mode removes and keeps, beside the compute of one step."""
+    objective, ascent, _ = VARIANTS[run.mode]
+    found = (subspace if run.data == "subspace" else points)(net, run, args)[0][0]
+    row = {"data": run.data, "forward_units": forward_units(objective, Perturbation(**ascent))}
+    return [row | {name: found[name] for name in FRONTIER[run.data, run.corruption]}], {}
+
+
+def frontier_cells(rows):
+    """frontier's rows as charts over the cost; adds to each row its share of adv's gain on dsm."""
+    cells = {}
+    families = {"random": ("dsm", "random"), "sign": ("dsm", "adv_share", "adv"),
+                "l2": ("dsm", "adv_l2_share", "adv_l2", "adv_l2x3")}
+    for (data, corruption), figures in FRONTIER.items():
+        task = data, describe(corruption)
+        chosen = [row for row in rows if (row["data"], row["corruption"]) == task]
+        for figure, kind in zip(figures, ("to remove", "to keep")):
+            found = {}
+            for row in chosen:
+                found.setdefault(row["mode"], []).append((row["forward_units"], row[figure]))
+            found = {mode: np.mean(xy, 0) for mode, xy in found.items()}
+            top = 1.25 * max([*(y for _, y in found.values()), 1e-9])
+            curves = {name: [found[mode] / (13, top) for mode in modes if mode in found]
+                      for name, modes in families.items()}
+            cells[kind, ",\n".join(task)] = (
+                chart({name: xy for name, xy in curves.items() if len(xy) > 1},
+                      "forward-units, 0 to 13", f"{figure}, 0 to {top:.2f}"), "")
+        known = {(row["mode"], row["seed"]): row[figures[0]] for row in chosen}
+        for row in chosen:
+            plain, full = (known.get((mode, row["seed"])) for mode in ("dsm", "adv"))
+            if None not in (plain, full):
+                row["gain"] = (plain - row[figures[0]]) / (plain - full)
+    return cells
+
+
 def chart(curves, x_label, y_label):
     """Layers of a small chart: {name: points (x, y) in [0, 1]^2}, drawn red, blue and grey."""
     layers = [("lines", np.array([[[-0.85, 0.9], [-0.85, -0.85], [0.95, -0.85]]]), GREY),
@@ -765,6 +809,9 @@ EXPERIMENTS = {
                        "its noise: at random, or where it moves the denoised estimate most (pgd)."),
     "why": (why, "Why adversarially train: where does each rule turn omega, and what does the "
                  "penalty there let through? Wanted: noise at 0, signal on the grey line."),
+    "frontier": (frontier, "What training removes and keeps, over the compute of its steps (forwards "
+                           "of the batch; a backward counts as two): dsm at 3, then random, the "
+                           "sign step on 30 % of each batch and on all of it, l2 the same, x3."),
 }
 CLEAN = (0.0, 0.0, 0.0)
 CORRUPTIONS = [CLEAN, (0.9, 0.1, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)]
@@ -779,6 +826,12 @@ def plan(args):
             runs.setdefault(Run(*run), []).append(name)
 
     for seed in range(args.seed, args.seed + args.seeds):
+        if args.experiment == "frontier":
+            for mode in args.modes:
+                for data, corruption in FRONTIER:
+                    lam = 0.0 if mode == "dsm" else args.lam
+                    want("frontier", data, corruption, mode, lam, seed)
+            continue
         for mode in ["exact", *args.modes]:
             lam = 0.0 if mode in ("exact", "dsm") else args.lam
             # the exact score has no training: one corruption stands for all
@@ -828,7 +881,8 @@ def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiment", nargs="?", default="all",
-                   choices=["plane", "mixture", "subspace", "memorize", "attack", "why", "all"])
+                   choices=["plane", "mixture", "subspace", "memorize", "attack", "why",
+                            "frontier", "all"])
     p.add_argument("--modes", type=modes,
                    help=f"with commas between, of {','.join(list(VARIANTS)[1:])} "
                         "(dsm,random,adv,adv_l2x3,invariant)")
@@ -862,6 +916,8 @@ def parse_args(argv=None):
         args.corruptions = [(args.noise_p or 0.0, args.noise_std or 0.0, args.outlier_p or 0.0)]
     # The corruption whose sampling paths, fields, attacks and lambdas are shown
     args.shown = args.corruptions[min(2, len(args.corruptions) - 1)]
+    if args.experiment == "frontier":
+        args.modes = args.modes or [*VARIANTS][1:-1]
     args.modes = args.modes or ["dsm", "random", "adv", *["adv_l2x3"] * (not args.quick),
                                 "invariant"]
     args.steps = args.steps or (300 if args.quick else None)
@@ -904,6 +960,8 @@ def main(argv=None):
             rows.setdefault(name, []).extend(found)
             if run.seed == args.seed:
                 cells.setdefault(name, {}).update(drawn)
+    if "frontier" in rows:
+        cells["frontier"] = frontier_cells(rows["frontier"])
     text = json.dumps([row for found in rows.values() for row in found], indent=1)
     write_atomically(args.out / "toy.json", lambda temporary: temporary.write_text(text + "\n"))
     for name in [name for name in EXPERIMENTS if name in rows]:

@@ -503,7 +503,7 @@ def save_checkpoint(out, state, keep):
 class Objective(nn.Module):
     """The whole loss as one forward call, which is what DistributedDataParallel supports.
 
-    x0 (B, C, H, W) -> (loss, dict of detached figures); t and eps are drawn here.
+    x0 (B, C, H, W), t (B,), eps (B, C, H, W) -> (loss, dict of detached figures).
     """
 
     def __init__(self, net, diffusion, mode, perturbation):
@@ -511,23 +511,21 @@ class Objective(nn.Module):
         self.net, self.diffusion, self.perturbation = net, diffusion, perturbation
         self.loss = MODES[mode]
 
-    def forward(self, x0):
-        t = torch.randint(self.diffusion.T, (len(x0),), device=x0.device)
-        eps = torch.randn_like(x0)
+    def forward(self, x0, t, eps):
         return self.loss(self.net, self.diffusion, x0, t, eps, self.perturbation)
 
 
 def update(objective, parts, weights, averages, optimizer, scaler, autocast, grad_clip, decay):
-    """One optimiser step on the sum of parts, x0 (B, C, H, W) each, and the EMA's.
+    """One optimiser step on the sum of parts, (x0, t, eps) each, and the EMA's.
 
     Returns {"loss": ..., the objective's figures, "grad_norm": ...}, scalars on the device: to
     read one would wait for it.
     """
     total = {}
-    for i, x0 in enumerate(parts):
+    for i, part in enumerate(parts):
         objective.require_backward_grad_sync = i == len(parts) - 1
         with autocast:
-            loss, figures = objective(x0)
+            loss, figures = objective(*part)
         scaler.scale(loss / len(parts)).backward()
         for name, value in {"loss": loss.detach(), **figures}.items():
             total[name] = total.get(name, 0) + value / len(parts)
@@ -639,10 +637,10 @@ def main(argv=None):
     images = load_images(*source)
     kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
     share = cfg.batch_size // world
+    mine = slice(rank * share, (rank + 1) * share)
 
     def fetch(step):
-        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)
-        index = index[rank * share:(rank + 1) * share]
+        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)[mine]
         batch = training_images(images, index, kinds, cfg.noise_std, cfg.seed)
         return batch.pin_memory() if cuda else batch
 
@@ -698,19 +696,26 @@ def main(argv=None):
         batch = ahead.result()
         waited += time.perf_counter() - tic
         ahead = loader.submit(fetch, step + 1)
-        # stateless: all that is random in a step depends on (seed, rank, step): resume is exact
-        torch.manual_seed(mix(STEP, cfg.seed, rank, step))
+        # stateless: all that is random in a step depends on (seed, rank, step): resume is exact.
+        # Flips, t and eps are drawn for the whole batch: dsm's loss is that of any other world size
+        torch.manual_seed(mix(STEP, cfg.seed, 0, step))
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
         x0 = batch.to(device, non_blocking=True)
         if cfg.flip:
-            flipped = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
+            flipped = torch.rand(cfg.batch_size, 1, 1, 1, device=device)[mine] < 0.5
             x0 = torch.where(flipped, x0.flip(-1), x0)
-        x0 = x0.contiguous(memory_format=torch.channels_last)
+        t = torch.randint(cfg.T, (cfg.batch_size,), device=device)[mine]
+        eps = torch.empty((cfg.batch_size, *x0.shape[1:]), device=device,
+                          memory_format=torch.channels_last).normal_()[mine]
+        parts = zip(*(whole.chunk(cfg.accum) for whole in (
+            x0.contiguous(memory_format=torch.channels_last), t, eps)))
+        if rank:
+            torch.manual_seed(mix(STEP, cfg.seed, rank, step))
 
         # the decay ramps up, so that a short run's average is not one of its first weights
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        figures = update(objective, x0.chunk(cfg.accum), weights, averages, optimizer, scaler,
+        figures = update(objective, list(parts), weights, averages, optimizer, scaler,
                          autocast, cfg.grad_clip, decay)
         recent.append(torch.stack(list(figures.values())))
         step += 1

@@ -1,18 +1,20 @@
-"""Seconds and memory of a training step, side by side; not run by the tests.
+"""Seconds and memory of training steps, side by side; not run by the tests.
 
-    python tests/bench.py                                  CIFAR-10's network, batch 16, fp32
-    python tests/bench.py --amp bf16 --modes dsm,adv
-    python tests/bench.py --image_size 16 --in_channels 1 --channels 32 --mult 1,2,2 --blocks 1 \\
-        --attention 8 --dropout 0 --batch_size 64          the network of README's Fashion-MNIST
+    python tests/bench.py                              CIFAR-10's network, batch 16, fp32
+    python tests/bench.py dsm adv dsm:amp=bf16 adv:amp=bf16
+    python tests/bench.py dsm adv adv:reg_share=0.3:ascent_norm=l2 --batch_size 8
+    python tests/bench.py dsm:channels=32 dsm:channels=64 dsm:channels=128
 
-A step is train.py's own `update`: Adam, clipping, EMA. diffusers' UNet2DModel goes through the same
-where that package is installed. All contestants take one step after the other, --repeats times, so
-that a slow moment of the machine meets all of them. Then ddim sampling against the bare network,
-the batches that a step would wait for, and each contestant's peak memory in a process of its own.
+A row is a mode of losses.py, or the name of another library's network trained by dsm, which runs
+where that package is installed; after it, options for this row alone: any flag below, or a field of
+`losses.Perturbation`. A step is train.py's own `update`: Adam, clipping, EMA. All rows take one
+step after the other, --repeats times, so that a slow moment of the machine meets all of them; the
+peak memory is that of a process of its own. Then, for the network of the first row, ddim sampling
+against the bare network, and the seconds to make a batch from a memory-mapped cache.
 """
 
 import argparse
-import copy
+import dataclasses
 import importlib.util
 import platform
 import statistics
@@ -28,70 +30,96 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from losses import MODES, Diffusion, Perturbation  # noqa: E402
+from losses import MODES, Diffusion, Perturbation, forward_units  # noqa: E402
 from model import UNET_KEYS, UNet, UserError, run_cli  # noqa: E402
 from sample import Parser, image_noise, number, sample, setup  # noqa: E402
-from train import FLAGS, NOISY, Objective, batch_index, training_images, update  # noqa: E402
+from train import FLAGS, NOISY, ON_OFF, Objective, batch_index, training_images, update  # noqa: E402
 
-UNITS = {"dsm": 3, "random": 6, "adv": 8, "invariant": 8, "diffusers": 3}
-
-
-def diffusers_net(args):
-    """diffusers' network of the same architecture, as (x, t) -> eps; args as `UNet`'s."""
+def diffusers(args, groups):
+    """diffusers' UNet2DModel."""
     from diffusers import UNet2DModel
 
     def blocks(kind, sizes):
         return tuple(f"Attn{kind}" if size in args.attention else kind for size in sizes)
 
     sizes = [args.image_size // 2**i for i in range(len(args.mult))]
-    groups = next(g for g in range(min(32, args.channels // 4), 0, -1) if args.channels % g == 0)
     net = UNet2DModel(
         sample_size=args.image_size, in_channels=args.in_channels, out_channels=args.in_channels,
         layers_per_block=args.blocks, dropout=args.dropout, norm_num_groups=groups,
         block_out_channels=tuple(args.channels * m for m in args.mult), attention_head_dim=None,
         down_block_types=blocks("DownBlock2D", sizes),
         up_block_types=blocks("UpBlock2D", sizes[::-1]))
+    forward = net.forward
+    net.forward = lambda x, t: forward(x, t, return_dict=False)[0]
+    return net
 
-    class Unwrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
 
-        def forward(self, x, t):
-            return self.net(x, t, return_dict=False)[0]
+def improved_diffusion(args, groups):
+    """The UNetModel of openai/improved-diffusion."""
+    from improved_diffusion.unet import UNetModel
 
-    return Unwrapped()
+    factors = [args.image_size // size for size in args.attention]
+    return UNetModel(args.in_channels, args.channels, args.in_channels, args.blocks, factors,
+                     args.dropout, args.mult, num_heads=1)
+
+
+def pytorch_ddpm(args, groups):
+    """The UNet of w86763777/pytorch-ddpm, its model.py saved as pytorch_ddpm.py."""
+    from pytorch_ddpm import UNet
+
+    levels = [i for i in range(len(args.mult)) if args.image_size // 2**i in args.attention]
+    return UNet(1000, args.channels, args.mult, levels, args.blocks, args.dropout)
+
+
+FIELDS = [field.name for field in dataclasses.fields(Perturbation)]
+PEERS = {peer.__name__: peer for peer in (diffusers, improved_diffusion, pytorch_ddpm)}
+
+
+def row_args(row, args):
+    """(mode or peer, args with the row's own options); UserError on one that does not exist."""
+    name, *options = row.split(":")
+    argv = []
+    for option in options:
+        key, _, value = option.partition("=")
+        argv += [f"--{key}", value] if value else [f"--{key}"]
+    return name, make_parser().parse_args(argv, argparse.Namespace(**vars(args)))
 
 
 def contestant(name, args, device):
-    """(a function that takes one step, the network) of a mode, or of "diffusers"."""
+    """(a function that takes one step, the network) of a mode, or of a peer's network on dsm."""
     torch.manual_seed(0)
-    ours = name != "diffusers"
-    net = UNet(**{key: getattr(args, key) for key in UNET_KEYS}) if ours else diffusers_net(args)
+    if name in PEERS:
+        widths = range(min(32, args.channels // 4), 0, -1)
+        net = PEERS[name](args, next(g for g in widths if args.channels % g == 0))
+    else:
+        net = UNet(**{key: getattr(args, key) for key in UNET_KEYS})
     # a network whose last layers are zero has no gradient for the ascent to follow
     for p in net.parameters():
-        if p.dim() > 1 and p.std() < 1e-4:
-            torch.nn.init.xavier_uniform_(p)
-    net = net.to(device, memory_format=torch.channels_last if ours else torch.contiguous_format)
-    weights = list(net.parameters())
-    averages = [copy.deepcopy(p.detach()) for p in weights]
+        if p.dim() > 1 and p.requires_grad and p.std() < 1e-4:
+            torch.nn.init.xavier_uniform_(p.flatten(1))
+
+    ours = name in MODES
+    layout = torch.channels_last if ours or args.channels_last else torch.contiguous_format
+    net = net.to(device, memory_format=layout)
+    if args.compile:
+        net.compile()
+    weights = [p for p in net.parameters() if p.requires_grad]
+    averages = [p.detach().clone() for p in weights]
     optimizer = torch.optim.Adam(weights, 2e-4, fused=True)
-    diffusion = Diffusion(device=device)
-    objective = Objective(net, diffusion, name if ours else "dsm", Perturbation()).train()
+    perturbation = Perturbation(**{key: getattr(args, key) for key in FIELDS})
+    objective = Objective(net, Diffusion(device=device), name if ours else "dsm", perturbation)
+    objective.train()
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     autocast = nullcontext()
     if args.amp != "off":
         dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
         autocast = torch.autocast(device.type, dtype)
-    if args.compile:
-        net.compile()
     x0 = torch.randn(args.batch_size, args.in_channels, args.image_size, args.image_size,
-                     device=device)
-    if ours:
-        x0 = x0.contiguous(memory_format=torch.channels_last)
+                     device=device).contiguous(memory_format=layout)
 
     def step():
-        update(objective, [x0], weights, averages, optimizer, scaler, autocast, 1.0, 0.999)
+        part = x0, torch.randint(1000, (len(x0),), device=device), torch.randn_like(x0)
+        update(objective, [part], weights, averages, optimizer, scaler, autocast, 1.0, 0.999)
 
     return step, net
 
@@ -111,8 +139,9 @@ def resident(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def peak_memory(name, args):
-    """MiB that three steps of a contestant add to the process (CUDA: its allocator's peak)."""
+def peak_memory(row, args):
+    """MiB that three steps of a row add to the process (CUDA: its allocator's peak)."""
+    name, args = row_args(row, args)
     torch.set_num_threads(args.threads)
     device = setup(args.device)[3]
     before = resident("VmRSS")
@@ -140,67 +169,79 @@ def data_seconds(args, folder):
     return statistics.median(times[1:])
 
 
-def parse_args(argv=None):
-    """The command line; UserError where it is wrong."""
+def make_parser():
+    """The flags; those of train.py keep their name, kind and help."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--modes", default="dsm,random,adv,diffusers",
-                   help=f"with commas between, of {','.join(UNITS)} (dsm,random,adv,diffusers)")
-    p.add_argument("--repeats", type=number(int, 2), default=7, help="timed steps of each (7)")
+    p.add_argument("--repeats", type=number(int, 2), default=7, help="timed steps of each row (7)")
     p.add_argument("--batch_size", type=number(int, 1), default=16, help="images a step (16)")
     p.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast (off)")
     p.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    p.add_argument("--channels_last", action="store_true",
+                   help="peers too in this layout (ours always are)")
     p.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads(),
                    help="CPU threads (one a core)")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (auto)")
     p.add_argument("--cached", type=number(int, 100), default=10_000,
                    help="images in the synthetic cache that batches are read from (10000)")
-    network = {"image_size": 32, "mult": (1, 2, 2, 2)}
-    for name in UNET_KEYS:
-        default, kind, text = FLAGS["network and diffusion"][name]
-        default = network.get(name, default)
-        p.add_argument(f"--{name}", type=kind if callable(kind) else int, default=default,
-                       help=f"{text} ({default})")
-    return p.parse_args(argv)
+    shared = {name: flag for flags in FLAGS.values() for name, flag in flags.items()}
+    for name in (*UNET_KEYS, *FIELDS):
+        default, kind, text = shared[name]
+        default = {"image_size": 32, "mult": (1, 2, 2, 2)}.get(name, default)
+        options = {"action" if kind is ON_OFF else "type": kind}
+        if isinstance(kind, list):
+            options = {"choices": kind, "type": type(kind[0])}
+        p.add_argument(f"--{name}", default=default, help=f"{text} ({default})", **options)
+    return p
 
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
-    args = parse_args(argv)
+    p = make_parser()
+    p.add_argument("rows", nargs="*", help="dsm random adv diffusers, and such")
+    args = p.parse_args(argv)
+    rows = args.rows or ["dsm", "random", "adv", *PEERS]
     torch.set_num_threads(args.threads)
     device = setup(args.device)[3]
-    if args.modes.split(",")[0] not in MODES or not set(args.modes.split(",")) <= set(UNITS):
-        raise UserError(f"--modes {args.modes}: of {','.join(UNITS)}, one of ours first")
-    names = [name for name in args.modes.split(",")
-             if name != "diffusers" or importlib.util.find_spec("diffusers")]
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{device} ({processor}), {args.threads} threads, torch {torch.__version__}, amp "
-          f"{args.amp}, batch {args.batch_size} of {args.image_size} pixels", flush=True)
+    known = {*MODES, *PEERS}
+    settings = {row: row_args(row, args) for row in rows}
+    unknown = [name for name, _ in settings.values() if name not in known]
+    if unknown:
+        raise UserError(f"row {unknown[0]}: one of {', '.join(sorted(known))}")
+    settings = {row: named for row, named in settings.items()
+                if named[0] in MODES or importlib.util.find_spec(named[0])}
 
-    steps, nets = zip(*(contestant(name, args, device) for name in names))
-    print(f"{sum(p.numel() for p in nets[0].parameters()):,} parameters", flush=True)
-    times = {name: [] for name in names}
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    print(f"{device} ({processor}), {args.threads} threads, torch {torch.__version__}", flush=True)
+    contestants = {row: contestant(*named, device) for row, named in settings.items()}
+    times = {row: [] for row in contestants}
     for i in range(args.repeats + 2):  # the first two warm up
-        for name, step in zip(names, steps):
+        for row, (step, _) in contestants.items():
             spent = seconds(step, device)
             if i >= 2:
-                times[name].append(spent)
+                times[row].append(spent)
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(peak_memory, (name, args)) for name in names}
-    base = statistics.median(times[names[0]])
-    print(f"\n| step | s (median) | fastest to slowest | x {names[0]} | forward-units | MiB |\n"
-          "|---|---|---|---|---|---|")
-    for name in names:
-        middle, spread = statistics.median(times[name]), sorted(times[name])
-        print(f"| {name} | {middle:.3f} | {spread[0]:.3f} to {spread[-1]:.3f} | "
-              f"{middle / base:.2f} | {UNITS[name]} | {memory[name]:,.0f} |", flush=True)
+        memory = {row: pool.apply(peak_memory, (row, args)) for row in times}
 
-    net, diffusion, batch = nets[0].eval(), Diffusion(device=device), min(64, args.batch_size * 4)
+    base = statistics.median(next(iter(times.values())))
+    print("\n| step | million parameters | s (median) | fastest to slowest | x the first | "
+          "forward-units | images / s | MiB |\n|---|---|---|---|---|---|---|---|")
+    for row, spent in times.items():
+        middle, (name, own) = statistics.median(spent), settings[row]
+        units = forward_units(name if name in MODES else "dsm", own)
+        parameters = sum(p.numel() for p in contestants[row][1].parameters() if p.requires_grad)
+        print(f"| {row} | {parameters / 1e6:.2f} | {middle:.3f} | {min(spent):.3f} to "
+              f"{max(spent):.3f} | {middle / base:.2f} | {units:.3g} | "
+              f"{own.batch_size / middle:.1f} | {memory[row]:,.0f} |", flush=True)
+
+    first = next(iter(contestants))
+    net, args = contestants[first][1].eval(), settings[first][1]
+    diffusion, batch = Diffusion(device=device), min(64, args.batch_size * 4)
     shape = (args.in_channels, args.image_size, args.image_size)
     x, t = torch.randn(batch, *shape, device=device), torch.zeros(batch, device=device).long()
     bare, sampled = [], []
     with torch.no_grad():
         net(x, t)
-        for i in range(args.repeats):
+        for _ in range(3):
             noise = image_noise(0, range(batch), shape, device)
             sampled.append(seconds(lambda: sample(net, diffusion, noise, "ddim", 4), device))
             bare.append(seconds(lambda: [net(x, t) for _ in range(4)], device))

@@ -14,7 +14,7 @@ from torch import nn
 import evaluate
 from conftest import TINY, script
 from evaluate import (NextLook, attacker, extract, haar_counts, load_inception, noise_std,
-                      random_inception, residual_noise)
+                      pixel_std, random_inception, residual_noise)
 from losses import Denoiser, Diffusion, Perturbation
 from model import UserError
 from sample import ATTACK, denoise_step, image_noise, load_run, sample, ticker
@@ -115,7 +115,7 @@ def described(rows):
     near = evaluate.neighbours(rows, rows, 3, lambda x: x, HERE, "", same=True)[0]
     mean, cov = evaluate.moments(rows)
     return {"features": rows, "mean": mean, "cov": cov, "radii": near[:, -1].sqrt(),
-            "logits": None, "residual_noise": torch.zeros(())}
+            "logits": None, "residual_noise": torch.zeros(()), "pixel_std": torch.zeros(())}
 
 
 def precision_recall(fake, real):
@@ -181,6 +181,11 @@ def test_residual_noise():
     detail = (x[..., ::2, ::2] - x[..., ::2, 1::2] - x[..., 1::2, ::2] + x[..., 1::2, 1::2]) / 2
     assert residual_noise(images) == pytest.approx(np.median(abs(detail)) / 0.6745, rel=1e-9)
     assert residual_noise(images[:2]) != residual_noise(images)
+
+
+def test_pixel_std():
+    images = np.random.default_rng(0).integers(0, 200, (1003, 1, 4, 4), dtype=np.uint8)
+    assert pixel_std(images) == pytest.approx((images / 127.5 - 1).std(), rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -398,7 +403,7 @@ def measure(in_process, tmp_path_factory):
 
 
 KEYS = ["fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "residual_noise",
-        "residual_noise_reference"]
+        "residual_noise_reference", "pixel_std", "pixel_std_reference"]
 
 
 def test_quality_of_folder_zip_and_npz(pictures, measure, capsys):
@@ -418,6 +423,7 @@ def test_quality_of_folder_zip_and_npz(pictures, measure, capsys):
         assert figures["precision"] == figures["recall"] == 1 and figures["is_mean"] is None
         assert figures["fid"] == pytest.approx(0, abs=1e-6)
         assert figures["residual_noise"] == figures["residual_noise_reference"] > 0.1
+        assert figures["pixel_std"] == figures["pixel_std_reference"] > 0.1
 
 
 def test_quality_of_a_run_and_its_cached_reference(run, pictures, measure, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from losses import MODES, Diffusion, Perturbation
+from losses import MODES, Diffusion, Perturbation, forward_units
 from model import UNet
 from train import Objective
 
@@ -276,7 +276,7 @@ def test_inner_step_computes_no_weight_gradient(monkeypatch, how, lone_group):
         return grad(J, omega, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    loss, _ = objective(torch.randn(16, 2))
+    loss, _ = objective(torch.randn(16, 2), torch.randint(1000, (16,)), torch.randn(16, 2))
     assert len(seen) == 2 and all(p.grad is None for p in net.parameters())
     assert len(leaves(loss.grad_fn, set())) == 4
     loss.backward()
@@ -400,3 +400,12 @@ def test_a_share_keeps_the_dropout_mask_of_its_branches():
     cfg = Perturbation(reg_share=0.5, beta_min=1e-4, beta_max=1e-4)
     _, figures = MODES["random"](net, diffusion, x0, t, eps, cfg)
     assert figures["residual"] < 1e-3
+
+
+def test_forward_units():
+    """Hand count: a forward is one, a backward two; the inner one, to omega alone, is one."""
+    assert forward_units("dsm", Perturbation(reg_share=0.3)) == 3
+    assert forward_units("random", Perturbation()) == 6
+    assert forward_units("adv", Perturbation()) == forward_units("invariant", Perturbation()) == 8
+    assert forward_units("adv", Perturbation(ascent_steps=3)) == 12
+    assert forward_units("adv", Perturbation(reg_share=0.3)) == pytest.approx(4.5)

@@ -304,6 +304,22 @@ def test_table_means_and_spread():
     assert line == "| clean | adv | 2.000 +- 1.414 | 2.00 / 1.00 +- 1.41 |"
 
 
+def test_frontier_weighs_the_gain_of_each_seed():
+    rows = [{"data": "plane", "corruption": "outliers p 0.1", "seed": seed, "mode": mode,
+             "forward_units": cost, "off_plane_rms": scale * left, "in_plane_std_ratio": 1.0}
+            for seed, scale in ((0, 1), (1, 3))
+            for mode, cost, left in (("dsm", 3, 0.5), ("adv_share", 4.5, 0.2), ("adv", 8, 0.1))]
+    cells = toy.frontier_cells(rows)
+    assert [row["gain"] for row in rows] == pytest.approx([0, 0.75, 1] * 2)
+    layers = cells["to remove", "plane,\noutliers p 0.1"][0]
+    (curve,) = [content for kind, content, colour in layers if kind == "dots"]
+    # costs to the right, what is left upwards, on the scale of the means' largest, .5 * 2
+    assert curve[:, 0] == pytest.approx(1.7 * np.array([3, 4.5, 8]) / 13 - 0.85)
+    assert curve[:, 1] == pytest.approx(1.7 * np.array([1, 0.4, 0.2]) / 1.25 - 0.85)
+    del rows[0]
+    toy.frontier_cells(rows)  # a seed without its dsm has no gain, and no error
+
+
 def test_picture_has_every_cell_and_survives_divergence(tmp_path):
     dots = np.random.default_rng(0).uniform(-0.1, 0.1, (500, 2))
     dots[:3] = [[np.nan, 1e30], [-np.inf, 0.5], [-1e9, 1e9]]
@@ -320,7 +336,7 @@ def test_picture_has_every_cell_and_survives_divergence(tmp_path):
 
 
 EXPECTED = {"plane": {"plane", "plane_lambda"}, "mixture": {"mixture"}, "subspace": {"subspace"},
-            "memorize": {"memorize"}, "attack": {"attack"}, "why": {"why"}}
+            "memorize": {"memorize"}, "attack": {"attack"}, "why": {"why"}, "frontier": {"frontier"}}
 
 
 @pytest.mark.parametrize("experiment", EXPECTED)

@@ -73,6 +73,18 @@ def test_resume_on_two_processes_is_exact(tmp_path):
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_the_loss_does_not_depend_on_the_number_of_processes(tmp_path):
+    """dsm without dropout: flips, noise and time steps belong to the image, not to the process."""
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = script("train.py", *TINY, "--mode", "dsm", "--dropout", 0, "--steps", 6, "--flip",
+                      "--log_every", 1, "--out", out, processes=processes)
+        assert done.returncode == 0, done.stderr
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").open()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 6
+
+
 def test_every_pass_takes_each_image_once():
     seen = np.concatenate([train.batch_index(step, 8, 100, 5) for step in range(25)])
     assert np.array_equal(np.sort(seen), np.repeat(np.arange(100), 2))
