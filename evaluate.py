@@ -33,7 +33,7 @@ from sample import (ATTACK, EOT, Parser, denoise_step, image_noise, load_run, mo
                     sample, save_grid, save_npz, setup, start_group, ticker, to_uint8,
                     visits, write_atomically)
 from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_source, load_images,
-                   overfit, settle, training_images)
+                   overfit, settle, some_of, training_images)
 
 # ---------- Sharing the work, and watching it
 
@@ -819,6 +819,9 @@ def memorization(args):
     if reach >= shape[-1]:
         raise UserError(f"--blur {args.blur}: too wide for images of {shape[-1]} pixels a side")
     train = open_reference(args.reference, args, shape, config)
+    if config and args.reference in (None, config["dataset"]):
+        train = some_of(train, config["limit"], config["seed"])
+        args.about["reference_num"] = len(train)
     held = args.holdout and open_reference(args.holdout, args, shape, config, "test", "holdout")
     look = load_features(args, shape)
     images = load()

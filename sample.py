@@ -95,7 +95,8 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
 
 
 # The first word of every seed, so that no two uses of randomness share a stream
-INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH, EOT = range(1, 12)
+INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH, EOT, LIMIT = \
+    range(1, 13)
 
 
 def mix(*numbers):

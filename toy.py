@@ -809,8 +809,8 @@ EXPERIMENTS = {
                        "its noise: at random, or where it moves the denoised estimate most (pgd)."),
     "why": (why, "Why adversarially train: where does each rule turn omega, and what does the "
                  "penalty there let through? Wanted: noise at 0, signal on the grey line."),
-    "frontier": (frontier, "What training removes and keeps, over the compute of its steps (forwards "
-                           "of the batch; a backward counts as two): dsm at 3, then random, the "
+    "frontier": (frontier, "What training removes and keeps, over the compute of a step (forwards "
+                           "of its batch; a backward counts as two): dsm at 3, then random, the "
                            "sign step on 30 % of each batch and on all of it, l2 the same, x3."),
 }
 CLEAN = (0.0, 0.0, 0.0)

@@ -38,9 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 from losses import (MODES, READINGS, Diffusion, Perturbation, ascend, mean_square,
                     radius_and_weight, random_omega)
 from model import UNET_KEYS, UNet, UserError, read_checkpoint, run_cli
-from sample import (CHOICE, CORRUPT, FIXED_BATCH, INIT, ORDER, SHAPES, STEP, Parser, duration,
-                    image_noise, mix, number, sample, save_grid, setup, start_group, to_uint8,
-                    write_atomically)
+from sample import (CHOICE, CORRUPT, FIXED_BATCH, INIT, LIMIT, ORDER, SHAPES, STEP, Parser,
+                    duration, image_noise, mix, number, sample, save_grid, setup, start_group,
+                    to_uint8, write_atomically)
 
 # ---------- Settings: default < preset of the data set < a resumed run's config < flag
 
@@ -84,6 +84,7 @@ FLAGS = {
         "mode": ("adv", list(MODES), "objective"),
         "data_dir": (None, str, "folder or zip with the data; else ./data, filled by download"),
         "cache_dir": (None, str, "folder of the decoded images; else beside the data"),
+        "limit": (0, natural, "train on so many of its images alone, chosen by the seed; 0: all"),
     },
     "corruption of the training set, frozen per image": {
         "noise_p": (0.0, share, "share of images with Gaussian noise, 0 to 1"),
@@ -369,6 +370,16 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
         raise UserError(f"{cache} is damaged: delete it, and it is made anew") from error
 
 
+def some_of(images, limit, seed):
+    """`limit` of the images, chosen by the seed, in their order; 0: all. UserError: too few."""
+    if limit > len(images):
+        raise UserError(f"--limit {limit}: the data set has {len(images)} images")
+    if not limit:
+        return images
+    chosen = np.random.default_rng([LIMIT, seed]).permutation(len(images))[:limit]
+    return images[np.sort(chosen)]
+
+
 CLEAN, NOISY, OUTLIER = 0, 1, 2
 
 
@@ -634,7 +645,7 @@ def main(argv=None):
         if local == 0:
             load_images(*source)
         dist.barrier()
-    images = load_images(*source)
+    images = some_of(load_images(*source), cfg.limit, cfg.seed)
     kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
     share = cfg.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)

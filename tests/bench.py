@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from losses import MODES, Diffusion, Perturbation, forward_units  # noqa: E402
 from model import UNET_KEYS, UNet, UserError, run_cli  # noqa: E402
 from sample import Parser, image_noise, number, sample, setup  # noqa: E402
-from train import FLAGS, NOISY, ON_OFF, Objective, batch_index, training_images, update  # noqa: E402
+from train import (FLAGS, NOISY, ON_OFF, Objective, batch_index, training_images,  # noqa: E402
+                   update)
 
 def diffusers(args, groups):
     """diffusers' UNet2DModel."""

@@ -152,7 +152,7 @@ def do(run, args):
         call("train.py", "--out", folder, "--steps", args.steps, *how, log=log)
     call("evaluate.py", "quality", folder, "--num", args.num, "--steps", 50, *data, "--features",
          args.out / "classifier.pt", "--json", measured, log=log)
-    print(f"{column} {row} seed {seed}: {json.loads(measured.read_text())['rows'][0]}", flush=True)
+    print(f"{column} {row} seed {seed}: {json.loads(measured.read_text())}", flush=True)
 
 
 def table(study, args):
@@ -164,7 +164,7 @@ def table(study, args):
         for row in rows:
             files = [args.out / column / f"{row}-{seed}" / f"quality-{args.steps}.json"
                      for seed in seeds]
-            found = [json.loads(file.read_text())["rows"][0] for file in files if file.exists()]
+            found = [json.loads(file.read_text()) for file in files if file.exists()]
             if found:
                 cells = (statistics.mean(figures[name] for figures in found) for name in FIGURES)
                 lines.append([column, row, str(len(found)), f"{units(row):.3g}",

@@ -833,6 +833,17 @@ def test_the_runs_own_data_set_is_where_the_run_had_it(pictures, measure, in_pro
         measure("memorization", folder, "--holdout", "folder")
 
 
+def test_copies_are_sought_among_the_images_that_the_run_saw(pictures, measure, in_process,
+                                                             tmp_path):
+    folder = tmp_path / "few"
+    in_process("train", *TINY, "--dataset", "folder", "--data_dir", pictures / "folder", "--steps",
+               1, "--limit", 12, "--out", folder)
+    argv = ["memorization", folder, "--num", 10, "--steps", 1, "--pairs", tmp_path / "p.png"]
+    assert measure(*argv)["provenance"]["reference_num"] == 12
+    own = measure(*argv, "--reference", pictures / "folder")["provenance"]
+    assert own["reference_num"] == 20
+
+
 def test_a_surrogate_of_another_shape(run, in_process, tmp_path):
     config = load_run(run, "cpu")[2]
     grey = tmp_path / "grey"

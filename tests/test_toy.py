@@ -336,7 +336,8 @@ def test_picture_has_every_cell_and_survives_divergence(tmp_path):
 
 
 EXPECTED = {"plane": {"plane", "plane_lambda"}, "mixture": {"mixture"}, "subspace": {"subspace"},
-            "memorize": {"memorize"}, "attack": {"attack"}, "why": {"why"}, "frontier": {"frontier"}}
+            "memorize": {"memorize"}, "attack": {"attack"}, "why": {"why"},
+            "frontier": {"frontier"}}
 
 
 @pytest.mark.parametrize("experiment", EXPECTED)

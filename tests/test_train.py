@@ -85,6 +85,17 @@ def test_the_loss_does_not_depend_on_the_number_of_processes(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 6
 
 
+def test_a_limited_data_set_is_the_seeds_choice():
+    images = train.shapes(50, 8, 3, 0)
+    first, again, other = (train.some_of(images, 10, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    rows = [np.flatnonzero((images == image).all((1, 2, 3))) for image in first]
+    assert all(len(row) == 1 for row in rows)
+    assert all(np.diff(np.concatenate(rows)) > 0)
+    assert train.some_of(images, 0, 0) is images
+    assert np.array_equal(train.some_of(images, 50, 0), images)
+
+
 def test_every_pass_takes_each_image_once():
     seen = np.concatenate([train.batch_index(step, 8, 100, 5) for step in range(25)])
     assert np.array_equal(np.sort(seen), np.repeat(np.arange(100), 2))
@@ -454,6 +465,7 @@ def places(tmp_path_factory):
     (["--outlier_p", "-1"], "--outlier_p"),
     (["--steps", "many"], "'many' is not a whole number"),
     (["--batch_size", "9", "--accum", "2"], "does not divide"),
+    (["--limit", "10001"], "--limit 10001: the data set has 10000 images"),
     (["--beta_max", "0.001"], "below beta_min"),
     (["--dropout", "1"], "below 1"),
     (["--device", "abacus"], "device abacus"),
