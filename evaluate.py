@@ -910,6 +910,7 @@ def alarm(args):
     """
     net, diffusion, config = open_run(args.run, args)
     images = open_reference(None, args, model_shape(config), config)
+    images = some_of(images, config["limit"], config["seed"])
     index = np.arange(min(args.num, len(images)))
     args.about["num"] = len(index)
     kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"], config["seed"])

@@ -290,7 +290,7 @@ MODES = {"dsm": dsm, "random": random, "adv": adv, "invariant": invariant}
 
 
 def forward_units(mode, cfg):
-    """Compute of a training step in forwards of its batch, a backward counted as two."""
+    """Compute of a training step in forwards of its batch; a backward is two, omega's alone one."""
     if mode == "dsm":
         return 3
     return 3 + cfg.reg_share * (3 + (0 if mode == "random" else 2 * cfg.ascent_steps))

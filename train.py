@@ -604,6 +604,10 @@ def main(argv=None):
         raise UserError(f"{out}/ckpt.pt: its config is not one of train.py") from error
     if lead and run_files(out) and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
+    part = cfg.batch_size // (world * cfg.accum)
+    if cfg.mode != "dsm" and round(cfg.reg_share * part) < 1:
+        raise UserError(f"--reg_share {cfg.reg_share}: of the {part} images that a process takes "
+                        "at a time, that is none")
     if start >= cfg.steps:
         raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
     if cfg.batch_size % (world * cfg.accum):
@@ -708,7 +712,7 @@ def main(argv=None):
         waited += time.perf_counter() - tic
         ahead = loader.submit(fetch, step + 1)
         # stateless: all that is random in a step depends on (seed, rank, step): resume is exact.
-        # Flips, t and eps are drawn for the whole batch: dsm's loss is that of any other world size
+        # Flips, t and eps are drawn for the whole batch: they do not depend on the processes
         torch.manual_seed(mix(STEP, cfg.seed, 0, step))
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))

@@ -9,8 +9,9 @@ A row is a mode of losses.py, or the name of another library's network trained b
 where that package is installed; after it, options for this row alone: any flag below, or a field of
 `losses.Perturbation`. A step is train.py's own `update`: Adam, clipping, EMA. All rows take one
 step after the other, --repeats times, so that a slow moment of the machine meets all of them; the
-peak memory is that of a process of its own. Then, for the network of the first row, ddim sampling
-against the bare network, and the seconds to make a batch from a memory-mapped cache.
+peak memory, measured first, is that of a process of its own. Then, for the network of the first
+row, ddim sampling against the bare network, and the seconds to make a batch from a memory-mapped
+cache. pytorch-ddpm's model.py has to be importable as pytorch_ddpm.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +38,7 @@ from sample import Parser, image_noise, number, sample, setup  # noqa: E402
 from train import (FLAGS, NOISY, ON_OFF, Objective, batch_index, training_images,  # noqa: E402
                    update)
 
-def diffusers(args, groups):
+def diffusers(args):
     """diffusers' UNet2DModel."""
     from diffusers import UNet2DModel
 
@@ -46,7 +48,7 @@ def diffusers(args, groups):
     sizes = [args.image_size // 2**i for i in range(len(args.mult))]
     net = UNet2DModel(
         sample_size=args.image_size, in_channels=args.in_channels, out_channels=args.in_channels,
-        layers_per_block=args.blocks, dropout=args.dropout, norm_num_groups=groups,
+        layers_per_block=args.blocks, dropout=args.dropout,
         block_out_channels=tuple(args.channels * m for m in args.mult), attention_head_dim=None,
         down_block_types=blocks("DownBlock2D", sizes),
         up_block_types=blocks("UpBlock2D", sizes[::-1]))
@@ -55,7 +57,7 @@ def diffusers(args, groups):
     return net
 
 
-def improved_diffusion(args, groups):
+def improved_diffusion(args):
     """The UNetModel of openai/improved-diffusion."""
     from improved_diffusion.unet import UNetModel
 
@@ -64,7 +66,7 @@ def improved_diffusion(args, groups):
                      args.dropout, args.mult, num_heads=1)
 
 
-def pytorch_ddpm(args, groups):
+def pytorch_ddpm(args):
     """The UNet of w86763777/pytorch-ddpm, its model.py saved as pytorch_ddpm.py."""
     from pytorch_ddpm import UNet
 
@@ -83,17 +85,26 @@ def row_args(row, args):
     for option in options:
         key, _, value = option.partition("=")
         argv += [f"--{key}", value] if value else [f"--{key}"]
-    return name, make_parser().parse_args(argv, argparse.Namespace(**vars(args)))
+    own = make_parser().parse_args(argv, argparse.Namespace(**vars(args)))
+    for key in ("repeats", "threads", "device", "cached"):
+        if getattr(own, key) != getattr(args, key):
+            raise UserError(f"row {row}: --{key} is for all rows")
+    if name in PEERS and (own.in_channels != 3 or own.channels % 32):
+        raise UserError(f"row {row}: the peers' networks are RGB, of a width that 32 divides")
+    return name, own
+
+
+def network(name, args):
+    """The network of a mode, ours, or of a peer."""
+    if name in PEERS:
+        return PEERS[name](args)
+    return UNet(**{key: getattr(args, key) for key in UNET_KEYS})
 
 
 def contestant(name, args, device):
     """(a function that takes one step, the network) of a mode, or of a peer's network on dsm."""
     torch.manual_seed(0)
-    if name in PEERS:
-        widths = range(min(32, args.channels // 4), 0, -1)
-        net = PEERS[name](args, next(g for g in widths if args.channels % g == 0))
-    else:
-        net = UNet(**{key: getattr(args, key) for key in UNET_KEYS})
+    net = network(name, args)
     # a network whose last layers are zero has no gradient for the ascent to follow
     for p in net.parameters():
         if p.dim() > 1 and p.requires_grad and p.std() < 1e-4:
@@ -141,10 +152,17 @@ def resident(field):
 
 
 def peak_memory(row, args):
-    """MiB that three steps of a row add to the process (CUDA: its allocator's peak)."""
+    """MiB that three steps of a row add to the process (CUDA: its allocator's peak).
+
+    A compiled row's include the compiler; nan where there is no /proc.
+    """
     name, args = row_args(row, args)
     torch.set_num_threads(args.threads)
     device = setup(args.device)[3]
+    if device.type != "cuda" and not Path("/proc/self/status").exists():
+        return float("nan")
+    with torch.device("meta"):
+        network(name, args)  # a library's own modules are no memory of the step
     before = resident("VmRSS")
     step, _ = contestant(name, args, device)
     for _ in range(3):
@@ -208,11 +226,21 @@ def main(argv=None):
     unknown = [name for name, _ in settings.values() if name not in known]
     if unknown:
         raise UserError(f"row {unknown[0]}: one of {', '.join(sorted(known))}")
-    settings = {row: named for row, named in settings.items()
-                if named[0] in MODES or importlib.util.find_spec(named[0])}
+    absent = {name for name, _ in settings.values()
+              if name in PEERS and not importlib.util.find_spec(name)}
+    if absent:
+        print(f"not installed, left out: {', '.join(sorted(absent))}")
+    settings = {row: named for row, named in settings.items() if named[0] not in absent}
+    if not settings:
+        raise UserError("no row is left")
 
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{device} ({processor}), {args.threads} threads, torch {torch.__version__}", flush=True)
+    print(f"{device} ({processor}), {args.threads} threads, torch {torch.__version__}, amp "
+          f"{args.amp}, batch {args.batch_size} of {args.image_size} pixels", flush=True)
+    memory = {}
+    for row in settings:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            memory[row] = pool.submit(peak_memory, row, args).result()
     contestants = {row: contestant(*named, device) for row, named in settings.items()}
     times = {row: [] for row in contestants}
     for i in range(args.repeats + 2):  # the first two warm up
@@ -220,8 +248,6 @@ def main(argv=None):
             spent = seconds(step, device)
             if i >= 2:
                 times[row].append(spent)
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {row: pool.apply(peak_memory, (row, args)) for row in times}
 
     base = statistics.median(next(iter(times.values())))
     print("\n| step | million parameters | s (median) | fastest to slowest | x the first | "

@@ -6,7 +6,7 @@
 
 A run is `train.py` on Fashion-MNIST at 16x16 (60,000 real images, area-downsampled) with a network
 of 1.1 M parameters, then `evaluate.py quality` on 2000 images (EMA weights, DDIM, 50 steps). Each
-lives in OUT/<study's column>/<row>-<seed>, with its log and quality-<steps>.json, from which the
+lives in OUT/<column>/<row>-<seed>, with its log and quality-<steps>-<num>.json, from which the
 tables are printed. Stopped, it goes on where it was; more --steps continue the same runs.
 The Frechet distance and KID look at the features of a small classifier, which is trained first, on
 the clean labelled images: OUT/classifier.pt. They compare with nothing published.
@@ -16,6 +16,7 @@ import argparse
 import gzip
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from losses import Perturbation, forward_units  # noqa: E402
-from model import UserError, run_cli  # noqa: E402
-from sample import Parser, number  # noqa: E402
+from model import UserError, read_checkpoint, run_cli  # noqa: E402
+from sample import Parser, number, write_atomically  # noqa: E402
 from train import load_images  # noqa: E402
 
 COMMON = ("--dataset fashion_mnist --image_size 16 --channels 32 --blocks 1 --attention 8 "
@@ -67,8 +68,8 @@ FIGURES = ("residual_noise", "pixel_std", "fid", "kid_mean", "precision", "recal
 
 def units(row):
     """Forwards that a training step of the row takes, a backward counted as two."""
-    mode, *_ = settings = list(ROWS[row].items())
-    return forward_units(mode[1], Perturbation(**dict(settings[1:])))
+    settings = dict(ROWS[row])
+    return forward_units(settings.pop("mode"), Perturbation(**settings))
 
 
 def labels(folder, split):
@@ -116,15 +117,22 @@ def train_classifier(path, data_dir, cache_dir, epochs=5):
     with torch.no_grad():
         test = torch.from_numpy(np.array(load_images(*source, split="test")))
         right = net(test.expand(-1, 3, -1, -1))[1].argmax(1) == labels(folder, "test")
-    torch.jit.script(net).save(path)
+    write_atomically(path, torch.jit.script(net).save)
     print(f"{path}: {right.double().mean():.3f} of the test images right", flush=True)
+
+
+running = set()
 
 
 def call(script, *argv, log):
     """One of the project's scripts in a process with one thread; UserError when it fails."""
     with open(log, "a") as file:
-        code = subprocess.call([sys.executable, ROOT / script, *map(str, argv)], stdout=file,
-                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, ROOT / script, *map(str, argv)], stdout=file,
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    running.add(process)
+    code = process.wait()
+    running.discard(process)
     if code:
         raise UserError(f"{script} failed with status {code}: see {log}")
 
@@ -133,26 +141,43 @@ def do(run, args):
     """Train and measure one (column, row, seed), as far as that is not done."""
     column, row, seed = run
     folder = args.out / column / f"{row}-{seed}"
-    measured = folder / f"quality-{args.steps}.json"
+    measured = folder / f"quality-{args.steps}-{args.num}.json"
     if measured.exists():
         return
+    print(f"{column} {row} seed {seed}: begun", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
     data = [f"--{name}={value}" for name in ("data_dir", "cache_dir")
             if (value := getattr(args, name))]
     saved = 0
     if (folder / "ckpt.pt").exists():
-        saved = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
-    if saved:
-        how = ["--resume"]
-    else:
-        flags = {**COLUMNS[column], **ROWS[row], "seed": seed}
-        how = [*COMMON.split(), *data, *(f"--{name}={value}" for name, value in flags.items())]
+        saved = read_checkpoint(folder)["step"]
+    if saved > args.steps:
+        raise UserError(f"{folder} is at step {saved}, beyond --steps {args.steps}")
+    flags = {**COLUMNS[column], **ROWS[row], "seed": seed}
+    how = ["--resume"] if saved else [*COMMON.split(), "--overwrite", *(
+        f"--{name}={value}" for name, value in flags.items())]
     if saved < args.steps:
-        call("train.py", "--out", folder, "--steps", args.steps, *how, log=log)
+        call("train.py", "--out", folder, "--steps", args.steps, *data, *how, log=log)
     call("evaluate.py", "quality", folder, "--num", args.num, "--steps", 50, *data, "--features",
          args.out / "classifier.pt", "--json", measured, log=log)
-    print(f"{column} {row} seed {seed}: {json.loads(measured.read_text())}", flush=True)
+    figures = json.loads(measured.read_text())
+    print(f"{column} {row} seed {seed}: "
+          + ", ".join(f"{name} {figures[name]:.3f}" for name in FIGURES), flush=True)
+
+
+def spread(values):
+    """Mean, and standard deviation where there are several."""
+    text = f"{statistics.mean(values):.3f}"
+    return text + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def attempt(run, args):
+    """`do`; one run that fails does not end the others, its error is returned."""
+    try:
+        do(run, args)
+    except UserError as error:
+        return f"{' '.join(map(str, run))}: {error}"
 
 
 def table(study, args):
@@ -162,13 +187,16 @@ def table(study, args):
     lines.append(["---"] * len(lines[0]))
     for column in columns:
         for row in rows:
-            files = [args.out / column / f"{row}-{seed}" / f"quality-{args.steps}.json"
+            files = [args.out / column / f"{row}-{seed}" / f"quality-{args.steps}-{args.num}.json"
                      for seed in seeds]
             found = [json.loads(file.read_text()) for file in files if file.exists()]
             if found:
-                cells = (statistics.mean(figures[name] for figures in found) for name in FIGURES)
+                cells = [spread([figures[name] for figures in found]) for name in FIGURES]
                 lines.append([column, row, str(len(found)), f"{units(row):.3g}",
-                              *(f"{value:.3f}" for value in cells)])
+                              *cells])
+                data = [found[0].get(f"{name}_reference") for name in FIGURES]
+    if len(lines) > 2:
+        lines.append(["", "clean images", "", "", *(f"{x:.3f}" if x else "" for x in data)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -179,7 +207,7 @@ def parse_args(argv=None):
     p.add_argument("--list", action="store_true", help="show the studies' runs, run nothing")
     p.add_argument("--tables", action="store_true", help="print the table, run nothing")
     p.add_argument("--steps", type=number(int, 1), default=5000, help="training steps (5000)")
-    p.add_argument("--num", type=number(int, 2), default=2000, help="images to measure (2000)")
+    p.add_argument("--num", type=number(int, 10), default=2000, help="images to measure (2000)")
     p.add_argument("--workers", type=number(int, 1), default=torch.get_num_threads(),
                    help="runs side by side, one thread each (one a core)")
     p.add_argument("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
@@ -203,10 +231,19 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         if not (args.out / "classifier.pt").exists():
             train_classifier(args.out / "classifier.pt", args.data_dir, args.cache_dir)
-        with ThreadPool(args.workers) as pool:
-            for _ in pool.imap_unordered(lambda run: do(run, args), runs):
-                pass
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            with ThreadPool(args.workers) as pool:
+                failed = [*filter(None, pool.imap_unordered(lambda run: attempt(run, args), runs))]
+        finally:
+            for process in running:  # a run without its driver would meet the next one's
+                process.terminate()
+                process.wait()
+        for text in failed:
+            print(text, file=sys.stderr)
     print(table(args.study, args))
+    if not args.tables and failed:
+        raise UserError(f"{len(failed)} runs failed, see above")
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def test_frontier_weighs_the_gain_of_each_seed():
             for mode, cost, left in (("dsm", 3, 0.5), ("adv_share", 4.5, 0.2), ("adv", 8, 0.1))]
     cells = toy.frontier_cells(rows)
     assert [row["gain"] for row in rows] == pytest.approx([0, 0.75, 1] * 2)
-    layers = cells["to remove", "plane,\noutliers p 0.1"][0]
+    layers = cells["what should go:\n0 is best", "plane, outliers"][0]
     (curve,) = [content for kind, content, colour in layers if kind == "dots"]
     # costs to the right, what is left upwards, on the scale of the means' largest, .5 * 2
     assert curve[:, 0] == pytest.approx(1.7 * np.array([3, 4.5, 8]) / 13 - 0.85)
@@ -363,6 +363,7 @@ def test_each_experiment_runs(experiment, tmp_path):
     (["nowhere"], "nowhere"),
     (["plane", "--modes", "adv,best"], "best"),
     (["plane", "--noise_p", "0.9"], "noise_std"),
+    (["frontier", "--outlier_p", "0.1"], "corruptions of its own"),
     (["plane", "--noise_p", "1.5", "--noise_std", "0.2"], "1.5"),
     (["subspace", "--images", "no/such/folder"], "no/such/folder"),
     (["plane", "--out", str(ROOT / "toy.py")], "toy.py"),

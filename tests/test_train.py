@@ -465,6 +465,7 @@ def places(tmp_path_factory):
     (["--outlier_p", "-1"], "--outlier_p"),
     (["--steps", "many"], "'many' is not a whole number"),
     (["--batch_size", "9", "--accum", "2"], "does not divide"),
+    (["--batch_size", "8", "--accum", "8", "--reg_share", "0.3"], "that is none"),
     (["--limit", "10001"], "--limit 10001: the data set has 10000 images"),
     (["--beta_max", "0.001"], "below beta_min"),
     (["--dropout", "1"], "below 1"),
