@@ -763,7 +763,7 @@ def scorer(args, shape, config=None):
 
 
 def quality(args):
-    """FID, IS, KID, precision, recall and residual noise of a set of images, or of a run."""
+    """FID, IS, KID, precision, recall, residual noise and pixel std of images, or of a run."""
     shape, load, config = open_samples(args)
     score = scorer(args, shape, config)
     return [score(load(), "samples")]

@@ -922,7 +922,8 @@ def parse_args(argv=None):
     # The corruption whose sampling paths, fields, attacks and lambdas are shown
     args.shown = args.corruptions[min(2, len(args.corruptions) - 1)]
     if args.experiment == "frontier":
-        args.modes = args.modes or [*VARIANTS][1:-1]
+        args.modes = args.modes or [mode for mode in [*VARIANTS][1:-1]
+                                    if not (args.quick and mode == "adv_l2x3")]
     args.modes = args.modes or ["dsm", "random", "adv", *["adv_l2x3"] * (not args.quick),
                                 "invariant"]
     args.steps = args.steps or (300 if args.quick else None)

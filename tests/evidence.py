@@ -67,7 +67,7 @@ FIGURES = ("residual_noise", "pixel_std", "fid", "kid_mean", "precision", "recal
 
 
 def units(row):
-    """Forwards that a training step of the row takes, a backward counted as two."""
+    """Forwards that a training step of the row takes, see `losses.forward_units`."""
     settings = dict(ROWS[row])
     return forward_units(settings.pop("mode"), Perturbation(**settings))
 
@@ -137,13 +137,18 @@ def call(script, *argv, log):
         raise UserError(f"{script} failed with status {code}: see {log}")
 
 
+def measured(column, row, seed, args):
+    """Where the figures of a run are, once it is done."""
+    return args.out / column / f"{row}-{seed}" / f"quality-{args.steps}-{args.num}.json"
+
+
 def do(run, args):
     """Train and measure one (column, row, seed), as far as that is not done."""
     column, row, seed = run
-    folder = args.out / column / f"{row}-{seed}"
-    measured = folder / f"quality-{args.steps}-{args.num}.json"
-    if measured.exists():
+    result = measured(*run, args)
+    if result.exists():
         return
+    folder = result.parent
     print(f"{column} {row} seed {seed}: begun", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
@@ -160,8 +165,8 @@ def do(run, args):
     if saved < args.steps:
         call("train.py", "--out", folder, "--steps", args.steps, *data, *how, log=log)
     call("evaluate.py", "quality", folder, "--num", args.num, "--steps", 50, *data, "--features",
-         args.out / "classifier.pt", "--json", measured, log=log)
-    figures = json.loads(measured.read_text())
+         args.out / "classifier.pt", "--json", result, log=log)
+    figures = json.loads(result.read_text())
     print(f"{column} {row} seed {seed}: "
           + ", ".join(f"{name} {figures[name]:.3f}" for name in FIGURES), flush=True)
 
@@ -187,13 +192,11 @@ def table(study, args):
     lines.append(["---"] * len(lines[0]))
     for column in columns:
         for row in rows:
-            files = [args.out / column / f"{row}-{seed}" / f"quality-{args.steps}-{args.num}.json"
-                     for seed in seeds]
+            files = [measured(column, row, seed, args) for seed in seeds]
             found = [json.loads(file.read_text()) for file in files if file.exists()]
             if found:
                 cells = [spread([figures[name] for figures in found]) for name in FIGURES]
-                lines.append([column, row, str(len(found)), f"{units(row):.3g}",
-                              *cells])
+                lines.append([column, row, str(len(found)), f"{units(row):.3g}", *cells])
                 data = [found[0].get(f"{name}_reference") for name in FIGURES]
     if len(lines) > 2:
         lines.append(["", "clean images", "", "", *(f"{x:.3f}" if x else "" for x in data)])
@@ -236,7 +239,7 @@ def main(argv=None):
             with ThreadPool(args.workers) as pool:
                 failed = [*filter(None, pool.imap_unordered(lambda run: attempt(run, args), runs))]
         finally:
-            for process in running:  # a run without its driver would meet the next one's
+            for process in list(running):  # a run without its driver would meet the next one's
                 process.terminate()
                 process.wait()
         for text in failed:
