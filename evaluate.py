@@ -749,14 +749,22 @@ def figures(fake, real, args):
 
 
 def scorer(args, shape, config=None):
-    """--reference described once: function (images, title) -> their `figures` against it."""
+    """--reference described once: function (images, title) -> their `figures` against it.
+
+    It keeps the first images of each set for --png.
+    """
     images = open_reference(args.reference, args, shape, config)
     if args.features == "pixels" and math.prod(shape) > 8192:
         raise UserError(f"--features pixels: {math.prod(shape)} values an image, at most 8192 have "
                         "a covariance to compute with")
     look = load_features(args, shape)
     real = describe(images, look, args, "reference", keep=True)
-    return lambda images, title: figures(describe(images, look, args, title), real, args)
+
+    def score(images, title):
+        args.strips.append(np.array(images[:16]))  # a copy: a view would keep them all
+        return figures(describe(images, look, args, title), real, args)
+
+    return score
 
 
 # ---------- Commands: (args) -> rows of the table
@@ -858,8 +866,8 @@ def memorization(args):
         if name == "samples":
             closest = (d1 / d2).nan_to_num(1).argsort()[:32].numpy()
             pairs = np.stack([images[closest], train[once[near[closest, 0].numpy()]]], axis=1)
-    save_grid(pairs.reshape(-1, *shape), args.pairs)
-    print(f"{args.pairs}: pairs of a sample and its nearest training image, least d1 / d2 first")
+    save_grid(pairs.reshape(-1, *shape), args.png)
+    print(f"{args.png}: pairs of a sample and its nearest training image, least d1 / d2 first")
     return rows
 
 
@@ -972,7 +980,7 @@ FLAGS = {
                                "so many noises of ddpm; 0: D now, which overlooks the clipping"),
     "surrogate": (None, str, "second run, to attack through as well (transfer)"),
     "blur": (1.0, positive, "std of the blurred control, in pixels"),
-    "pairs": (Path("out/memorization.png"), png, "PNG of the closest pairs"),
+    "png": (None, png, "PNG with a row of the first 16 images for each row of the table"),
     "noise_std": ([0.1, 0.2], listed(positive), "std of the noise on the [-1, 1] scale"),
     "batch_size": (50, whole, "images at a time, per process; does not change the figures"),
     "device": ("auto", str, "cpu, cuda, cuda:1, mps"),
@@ -980,13 +988,14 @@ FLAGS = {
 }
 DRAW = ["num", "sampler", "steps", "spacing", "seed", "raw"]
 QUALITY = ["reference", "data_dir", "cache_dir", "reference_num", "features", "inception", *DRAW,
-           "batch_size"]
+           "batch_size", "png"]
 MACHINE = ["device", "json"]
 # name: (function, its subject, flags, flags that are otherwise here)
 COMMANDS = {
     "quality": (quality, "samples", QUALITY, {}),
-    "memorization": (memorization, "samples", [*QUALITY, "holdout", "blur", "pairs"],
-                     {"features": ("pixels", *FLAGS["features"][1:])}),
+    "memorization": (memorization, "samples", [*QUALITY, "holdout", "blur"], {
+        "features": ("pixels", *FLAGS["features"][1:]),
+        "png": (Path("out/memorization.png"), png, "PNG of the closest pairs")}),
     "attack": (attack, "run", [*QUALITY, "norm", "budget", "attack_steps", "share", "eot",
                                "surrogate"], {"num": (5000, ten, "images to draw")}),
     "steps": (few_steps, "run", QUALITY, {
@@ -1011,7 +1020,7 @@ def parse_args(argv=None):
         text = " ".join(function.__doc__.split())
         q = commands.add_parser(name, help=text.split(". ")[0], description=text)
         # for a command without these flags; those that it has set their own
-        q.set_defaults(about=["command", subject, *flags], reference_num=None, pairs=None,
+        q.set_defaults(about=["command", subject, *flags], reference_num=None, png=None,
                        raw=name == "overfit")
         q.add_argument(subject, help="run folder of train.py, or a checkpoint file" + (
             "; or images: folder, zip or npz" if subject == "samples" else ""))
@@ -1039,16 +1048,19 @@ def main(argv=None):
     args.about = {name: getattr(args, name) for name in args.about}
     if args.rank == 0:
         print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
-        for path in filter(None, (args.json, args.pairs)):
+        for path in filter(None, (args.json, args.png)):
             check_writable(path)
     if args.world > 1:
         start_group(args.device)
+    args.strips = []
     rows = COMMANDS[args.command][0](args)
     if args.world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if args.rank:
         return
+    if args.png and args.strips:
+        save_grid(np.concatenate(args.strips), args.png, len(args.strips[0]))
     cells = [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in row]
              for row in (rows[0], *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*cells)]

@@ -1,9 +1,10 @@
 """The paper's claims on real images at the scale of a CPU; not run by the tests.
 
-    python tests/evidence.py --list                   the studies, their runs, what they would take
-    python tests/evidence.py headline --workers 2     trains, draws and measures what is missing
-    python tests/evidence.py headline --tables        prints the table of what is there
-    python tests/evidence.py headline --rows dsm --seeds 0         one cell of it
+    python tests/evidence.py --list                    the studies, their runs, what they would take
+    python tests/evidence.py headline --workers 2      trains, draws and measures what is missing
+    python tests/evidence.py headline --tables         prints the table of what is there
+    python tests/evidence.py headline --picture a.png  puts its images together
+    python tests/evidence.py headline --rows dsm --seeds 0          one cell of it
 
 A run is `train.py` on Fashion-MNIST at 16x16 (60,000 real images, area-downsampled) with a network
 of 1.1 M parameters, then a command of `evaluate.py` on EMA weights. Each lives in
@@ -16,6 +17,7 @@ the clean labelled images: OUT/classifier.pt. They compare with nothing publishe
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +98,7 @@ STUDIES = {
                  [0, 1], 5000),
     "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 5000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv"], [0], 5000),
-    "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 3000),
+    "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
     "cifar10": ("quality", ["cifar10"], ["dsm", "adv_share"], [0], 5000),
 }
 
@@ -228,8 +231,7 @@ def do(run, args):
     own = [f"--{name}={value}" for name, value in source(flags["dataset"], args).items()]
     if "--features" not in extra:
         own += ["--features", args.classifiers[flags["dataset"]]]
-    if args.command == "memorization":
-        own += ["--pairs", folder / "pairs.png"]
+    own += ["--png", result.with_suffix(".png")]
     call("evaluate.py", args.command, folder, "--num", min(args.num, most), *extra.split(), *own,
          "--json", result, log=log)
     print(f"{column} {row} seed {seed}: done", flush=True)
@@ -271,6 +273,43 @@ def table(args):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def picture(args):
+    """The images of the first seed's runs, one below the other with their names, as one PNG.
+
+    Above them training images, as the first of these runs saw them.
+    """
+    seed, shown, parts = args.seeds[0], COMMANDS[args.command][2], []
+    for column, row in itertools.product(args.columns, args.rows):
+        result = measured(column, row, seed, args)
+        if result.exists():
+            found = json.loads(result.read_text()).get("rows", [{}])
+            names = [" ".join(str(one[name]) for name in shown
+                              if name in one and not isinstance(one[name], float)) for one in found]
+            parts.append((row, names if args.command in ("attack", "steps") else [""],
+                          Image.open(result.with_suffix(".png"))))
+            if len(parts) == 1 and args.command == "quality":
+                # eight columns of tiles: the first two rows become one
+                data, (width, tile) = Image.open(result.parent / "data.png"), (400, 50)
+                strip = Image.new("RGB", (2 * width + 2, tile + 2), "white")
+                for k in range(2):
+                    strip.paste(data.crop((0, k * tile, width + 2, (k + 1) * tile + 2)),
+                                (k * width, 0))
+                parts.insert(0, ("training images", [""], strip))
+    if not parts:
+        raise UserError(f"no pictures of {args.study} in {args.out}")
+    margin = 130
+    whole = Image.new("RGB", (margin + max(part.width for *_, part in parts),
+                              sum(part.height for *_, part in parts)), "white")
+    pen, font, top = ImageDraw.Draw(whole), ImageFont.load_default(13), 0
+    for row, names, part in parts:
+        for k, name in enumerate(names):
+            pen.text((4, top + 50 * k + 12), f"{row}\n{name}", fill="black", font=font)
+        whole.paste(part, (margin, top))
+        top += part.height
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    whole.save(args.picture, optimize=True)
+
+
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
 
@@ -281,6 +320,7 @@ def parse_args(argv=None):
     p.add_argument("study", nargs="?", choices=list(STUDIES), default="headline")
     p.add_argument("--list", action="store_true", help="show the studies' runs, run nothing")
     p.add_argument("--tables", action="store_true", help="print the table, run nothing")
+    p.add_argument("--picture", type=Path, help="PNG of its images, made of what is there")
     p.add_argument("--columns", type=some, help="only these, with commas between (the study's)")
     p.add_argument("--rows", type=some, help="only these, with commas between (the study's)")
     p.add_argument("--seeds", type=some, help="only these, with commas between (the study's)")
@@ -316,6 +356,8 @@ def main(argv=None):
                   f"of 64; `{command}`; {total:,.0f} forwards of 64 images")
         return
     failed = []
+    if args.picture:
+        return picture(args)
     if not args.tables:
         args.out.mkdir(parents=True, exist_ok=True)
         args.classifiers = {dataset: classifier(dataset, args) for dataset in {

@@ -562,7 +562,7 @@ def test_more_processes_than_images(monkeypatch):
     assert torch.equal(found, torch.from_numpy(images).flatten(1))
 
 
-def test_attack(run, pictures, measure, monkeypatch):
+def test_attack(run, pictures, measure, tmp_path, monkeypatch):
     """The same seeds attacked and not; equal norms; what ascends moves the images furthest."""
     flags = ["--num", 12, "--steps", 4, "--reference_num", 20, "--features", pictures / "small.pt",
              "--budget", 0.3]
@@ -579,8 +579,14 @@ def test_attack(run, pictures, measure, monkeypatch):
     # through the same network, transfer is the white box
     drawn, real = [], evaluate.draw
     monkeypatch.setattr(evaluate, "draw", lambda *args: drawn.append(real(*args)) or drawn[-1])
-    rows = measure("attack", run, *flags, "--surrogate", run)["rows"]
+    rows = measure("attack", run, *flags, "--surrogate", run, "--png", tmp_path / "a.png")["rows"]
     assert rows[2]["mse"] == rows[3]["mse"]
+    # one row of the picture for each of the table, the images 48 pixels wide with 2 between
+    picture = np.array(Image.open(tmp_path / "a.png"))
+    assert picture.shape == (4 * 50 + 2, 12 * 50 + 2, 3)
+    tiles = [np.kron(images[3].transpose(1, 2, 0), np.ones((3, 3, 1))) for images in drawn]
+    for row, tile in enumerate(tiles):
+        assert np.array_equal(picture[50 * row + 2:, 3 * 50 + 2:][:48, :48], tile)
     for row, images in zip(rows, drawn):
         assert row["mse"] == pytest.approx(np.mean((images / 127.5 - drawn[0] / 127.5) ** 2))
     assert measure("attack", run, *flags)["rows"][0]["fid"] == rows[0]["fid"]
@@ -710,7 +716,7 @@ def test_memorization_finds_copies(pictures, measure, tmp_path):
     for features in ("pixels", pictures / "small.pt"):
         found = measure("memorization", tmp_path / "samples.npz", "--features", features,
                         "--reference", tmp_path / "train.npz", "--holdout", tmp_path / "held.npz",
-                        "--pairs", tmp_path / "pairs.png", "--blur", 0.6)
+                        "--png", tmp_path / "pairs.png", "--blur", 0.6)
         rows = {row["set"]: row for row in found["rows"]}
         assert rows["samples"]["copied"] >= 0.5 and rows["samples"]["> 0.99"] >= 0.5
         assert found["provenance"]["duplicates_left_out"] == 1
@@ -838,7 +844,7 @@ def test_copies_are_sought_among_the_images_that_the_run_saw(pictures, measure, 
     folder = tmp_path / "few"
     in_process("train", *TINY, "--dataset", "folder", "--data_dir", pictures / "folder", "--steps",
                1, "--limit", 12, "--out", folder)
-    argv = ["memorization", folder, "--num", 10, "--steps", 1, "--pairs", tmp_path / "p.png"]
+    argv = ["memorization", folder, "--num", 10, "--steps", 1, "--png", tmp_path / "p.png"]
     assert measure(*argv)["provenance"]["reference_num"] == 12
     own = measure(*argv, "--reference", pictures / "folder")["provenance"]
     assert own["reference_num"] == 20
@@ -899,8 +905,8 @@ def test_a_surrogate_of_another_shape(run, in_process, tmp_path):
     (["memorization", "RUN", "--reference", "P/nowhere"], "no such file"),
     (["memorization", "RUN", "--holdout", "P/grey.npz"], "grey"),
     (["memorization", "RUN", "--blur", "6"], "--blur 6.0: too wide for images of 16 pixels"),
-    (["memorization", "RUN", "--pairs", "out/pairs"], "does not end in .png"),
-    (["memorization", "RUN", "--pairs", "LICENSE/a.png"], "cannot write LICENSE/a.png"),
+    (["memorization", "RUN", "--png", "out/pairs"], "does not end in .png"),
+    (["memorization", "RUN", "--png", "LICENSE/a.png"], "cannot write LICENSE/a.png"),
     (["steps", "RUN", "--sampler", "euler"], "is not of ddpm, ddim"),
     (["steps", "RUN", "--steps", "ten"], "--steps"),
     (["denoise", "RUN", "--noise_std", "0"], "--noise_std"),
