@@ -1059,14 +1059,14 @@ def main(argv=None):
         dist.destroy_process_group()
     if args.rank:
         return
-    if args.png and args.strips:
-        save_grid(np.concatenate(args.strips), args.png, len(args.strips[0]))
     cells = [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in row]
              for row in (rows[0], *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
     print("; ".join(f"{key} {value}" for key, value in args.about.items() if value is not None))
+    if args.png and args.strips:
+        save_grid(np.concatenate(args.strips), args.png, len(args.strips[0]))
     if args.json:
         data = {**(rows[0] if args.command == "quality" else {"rows": rows}),
                 "provenance": args.about}

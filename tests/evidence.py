@@ -36,10 +36,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from evaluate import check_writable, listed, png  # noqa: E402
 from losses import Perturbation, forward_units  # noqa: E402
 from model import UserError, read_checkpoint, run_cli  # noqa: E402
 from sample import Parser, number, write_atomically  # noqa: E402
-from train import ArrayUnpickler, find_source, load_images  # noqa: E402
+from train import ArrayUnpickler, find_source, load_images, open_cifar, open_idx  # noqa: E402
 
 COMMON = ("--image_size 16 --channels 32 --mult 1,2,2 --blocks 1 --attention 8 --dropout 0 "
           "--batch_size 64 --lr 1e-3 --warmup 200 --ema 0.999 --log_every 50 "
@@ -51,13 +52,14 @@ COLUMNS = {
     "noise.1": {"noise_p": 0.9, "noise_std": 0.1},
     "noise.2": {"noise_p": 0.9, "noise_std": 0.2},
     "outliers": {"outlier_p": 0.1},
+    # as many images as noise.2 leaves clean, a draw of their own; measured against all
+    "tenth": {"limit": 6000},
     "few": {"limit": 200},
     "cifar10": {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2},
 }
 # row: the objective and what of it, or of the training set, differs
 ROWS = {
     "dsm": {"mode": "dsm"},
-    "dsm_tenth": {"mode": "dsm", "limit": 6000, "noise_p": 0, "noise_std": 0},
     "random": {"mode": "random"},
     "random_1": {"mode": "random", "lam": 1},
     "random_3": {"mode": "random", "lam": 3},
@@ -67,21 +69,23 @@ ROWS = {
     "adv_l2x3": {"mode": "adv", "ascent_norm": "l2", "ascent_steps": 3},
     "invariant": {"mode": "invariant"},
 }
-# an adversarial row on 30 % of each batch: 4.5 forward-units instead of 8
-ROWS |= {f"{row}_share": {**ROWS[row], "reg_share": 0.3} for row in [*ROWS][5:]}
+# with the penalty on 30 % of each batch: for the sign step 4.5 forward-units instead of 8
+ROWS |= {f"{row}_share": {**ROWS[row], "reg_share": 0.3}
+         for row in ("adv", "adv_epsilon", "adv_l2", "adv_l2x3", "invariant")}
 ROWS |= {f"adv_{lam}_share": {**ROWS["adv_share"], "lam": lam} for lam in (0.1, 1)}
-# plain until 80 % of the steps, then `late`; so of no use to a study of more steps
+# plain until 80 % of the steps, then `late`
 ROWS["adv_late"] = {"mode": "dsm", "late": ROWS["adv"]}
-# command of evaluate.py: its flags, at most so many images, what is printed of its JSON
+# command of evaluate.py: its flags, at most so many images, what is printed of its JSON (of few
+# images KID, since the Frechet distance depends on their number)
 QUALITY = ["residual_noise", "pixel_std", "fid", "kid_mean", "precision", "recall"]
 COMMANDS = {
     "quality": ("--steps 50", 2000, QUALITY),
-    "memorization": (f"--steps 50 --holdout {FASHION} --features pixels", 2000,
+    "memorization": ("--steps 50 --features pixels", 2000,
                      ["set", "copied", "d1", "d1/d2", "similar 50%", "> 0.95", "> 0.99"]),
     "steps": ("--steps 100,30,10 --sampler ddpm,ddim --spacing respaced,naive", 500,
-              ["sampler", "spacing", "steps", "residual_noise", "pixel_std", "fid"]),
+              ["sampler", "spacing", "steps", "residual_noise", "pixel_std", "kid_mean"]),
     "attack": ("--steps 20 --norm l2 --budget 0.1", 250,
-               ["attack", "residual_noise", "pixel_std", "fid", "mse", "norm_max"]),
+               ["attack", "residual_noise", "pixel_std", "kid_mean", "mse", "norm_max"]),
 }
 NAMES = {"residual_noise": "noise left", "pixel_std": "pixel std", "fid": "FD", "kid_mean": "KID"}
 # study: command, columns, rows, seeds, training steps
@@ -90,10 +94,11 @@ STUDIES = {
                  ["dsm", "adv_share", "adv", "adv_l2_share", "random", "random_1", "random_3",
                   "adv_0.1_share", "adv_1_share"], [0], 2000),
     "readings": ("quality", ["noise.2"],
-                 ["dsm_tenth", "adv_epsilon_share", "adv_l2x3_share", "invariant_share"],
-                 [0], 2000),
+                 ["dsm", "adv_share", "adv_epsilon_share", "adv_l2_share", "adv_l2x3_share",
+                  "invariant_share"], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
-              ["dsm", "adv_share", "adv_l2_share"], [0], 2000),
+              ["dsm", "adv_share", "adv_l2_share", "adv", "random"], [0], 2000),
+    "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "headline": ("quality", ["noise.2"], ["dsm", "adv_share", "adv", "random", "adv_late"],
                  [0, 1], 5000),
     "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 5000),
@@ -105,8 +110,7 @@ STUDIES = {
 
 def units(row):
     """Forwards that a training step of the row takes, see `losses.forward_units`."""
-    settings = {name: value for name, value in ROWS[row].items()
-                if name not in ("late", "limit", "noise_p", "noise_std")}
+    settings = {name: value for name, value in ROWS[row].items() if name != "late"}
     own = forward_units(settings.pop("mode"), Perturbation(**settings))
     return 0.8 * own + 0.2 * units("adv") if "late" in ROWS[row] else own
 
@@ -121,18 +125,22 @@ def source(dataset, args):
 def labels(dataset, folder, split):
     """The published classes, int64 (N,), in the order of the images; UserError: not there."""
     files, reader = find_source(dataset, Path(folder or f"data/{dataset}"), split)
-    if dataset == FASHION:
+    if reader is open_idx:
         files = [file.with_name(file.name.replace("images-idx3", "labels-idx1")) for file in files]
-        if not files or not files[0].exists():
-            raise UserError(f"no labels beside the {split} images of {dataset}")
+        if not files[0].exists():
+            raise UserError(f"{files[0]} is not there")
         with gzip.open(files[0]) as file:
             return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=8).astype(int))
-    if reader.__name__ == "open_cifar":
+    if reader is open_cifar:
         batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
         return torch.tensor([label for batch in batches for label in batch[b"labels"]])
     # a folder or zip with one folder for each class
-    names = [Path(item).parent.name for item in reader(files)[0]]
-    return torch.from_numpy(np.unique(names, return_inverse=True)[1])
+    names, numbers = np.unique([Path(item).parent.name for item in reader(files)[0]],
+                               return_inverse=True)
+    if len(names) != 10:
+        raise UserError(f"{folder}: {dataset} has a folder for each of 10 classes, here are "
+                        f"{len(names)}")
+    return torch.from_numpy(numbers)
 
 
 class Classifier(nn.Module):
@@ -158,8 +166,9 @@ def classifier(dataset, args):
     if path.exists():
         return path
     channels, where = 1 if dataset == FASHION else 3, source(dataset, args)
+    folder = where.get("data_dir", f"data/{dataset}")
     images = torch.from_numpy(np.array(load_images(dataset, 16, channels, **where)))
-    truth = labels(dataset, where.get("data_dir"), "train")
+    truth = labels(dataset, folder, "train")
     torch.manual_seed(0)
     net = Classifier(channels)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
@@ -170,12 +179,12 @@ def classifier(dataset, args):
             nn.functional.cross_entropy(net(x)[1], truth[index]).backward()
             optimizer.step()
     net.eval()
-    # a zip is one split, it has no test images
-    split = "train" if Path(where.get("data_dir", ".")).is_file() else "test"
+    # a zip or folder of images is one split, it has no others to test with
+    sources = [find_source(dataset, Path(folder), split)[0] for split in ("train", "test")]
+    split = "train" if sources[0] == sources[1] else "test"
     with torch.no_grad():
         test = torch.from_numpy(np.array(load_images(dataset, 16, channels, **where, split=split)))
-        right = net(test.expand(-1, 3, -1, -1))[1].argmax(1) == labels(
-            dataset, where.get("data_dir"), split)
+        right = net(test.expand(-1, 3, -1, -1))[1].argmax(1) == labels(dataset, folder, split)
     write_atomically(path, torch.jit.script(net).save)
     print(f"{path}: {right.double().mean():.3f} of the {split} images right", flush=True)
     return path
@@ -200,7 +209,9 @@ def call(script, *argv, log):
 def measured(column, row, seed, args):
     """Where the figures of a run are, once it is done."""
     num = min(args.num, COMMANDS[args.command][1])
-    return args.out / column / f"{row}-{seed}" / f"{args.command}-{args.steps}-{num}.json"
+    # a late start fits one number of steps: another's run does not go on from it
+    name = f"{row}_{args.steps}" if "late" in ROWS[row] else row
+    return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}.json"
 
 
 def do(run, args):
@@ -222,18 +233,21 @@ def do(run, args):
     for last, change in stages:
         saved = read_checkpoint(folder)["step"] if (folder / "ckpt.pt").exists() else 0
         if saved > args.steps:
-            raise UserError(f"{folder} is at step {saved}, beyond --steps {args.steps}")
+            raise UserError(f"{folder} is at step {saved}, beyond --steps {args.steps}: studies of "
+                            "fewer steps come first, or take another --out")
         if saved < last:
             how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
             how += [f"--{name}={value}" for name, value in (flags | change).items()]
             call("train.py", "--out", folder, "--steps", last, *how, log=log)
     extra, most, _ = COMMANDS[args.command]
-    own = [f"--{name}={value}" for name, value in source(flags["dataset"], args).items()]
-    if "--features" not in extra:
-        own += ["--features", args.classifiers[flags["dataset"]]]
-    own += ["--png", result.with_suffix(".png")]
-    call("evaluate.py", args.command, folder, "--num", min(args.num, most), *extra.split(), *own,
-         "--json", result, log=log)
+    own = {"num": min(args.num, most), "seed": seed, "json": result,
+           "png": result.with_suffix(".png"), **source(flags["dataset"], args)}
+    if args.command == "memorization":
+        own["holdout"] = flags["dataset"]
+    else:
+        own["features"] = args.classifiers[flags["dataset"]]
+    call("evaluate.py", args.command, folder, *extra.split(),
+         *(f"--{name}={value}" for name, value in own.items()), log=log)
     print(f"{column} {row} seed {seed}: done", flush=True)
 
 
@@ -249,8 +263,10 @@ def spread(values):
     """Mean, and standard deviation where there are several; a text or whole number as it is."""
     if not isinstance(values[0], float):
         return str(values[0])
-    text = f"{statistics.mean(values):.3f}"
-    return text + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    found = [statistics.mean(values)]
+    if len(values) > 1:
+        found.append(statistics.stdev(values))
+    return " +- ".join(f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2g}" for value in found)
 
 
 def table(args):
@@ -262,68 +278,76 @@ def table(args):
     for column in args.columns:
         data = None
         for row in args.rows:
-            files = [measured(column, row, seed, args) for seed in args.seeds]
-            found = [json.loads(file.read_text()) for file in files if file.exists()]
-            for same in zip(*(one.get("rows", [one]) for one in found)):
+            files = {seed: measured(column, row, seed, args) for seed in args.seeds}
+            found = {seed: json.loads(file.read_text())
+                     for seed, file in files.items() if file.exists()}
+            for same in zip(*(one.get("rows", [one]) for one in found.values())):
                 cells = [spread([figures[name] for figures in same]) for name in shown]
-                lines.append([column, row, str(len(found)), f"{units(row):.3g}", *cells])
+                seeds = ", ".join(map(str, found))
+                lines.append([column, row, seeds, f"{units(row):.3g}", *cells])
                 data = [same[0].get(f"{name}_reference") for name in shown]
         if data and any(data):
-            lines.append([column, "clean images", "", "", *(f"{x:.3f}" if x else "" for x in data)])
+            lines.append([column, "clean images", "", "",
+                          *("" if x is None else spread([x]) for x in data)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def picture(args):
     """The images of the first seed's runs, one below the other with their names, as one PNG.
 
-    Above them training images, as the first of these runs saw them.
+    Above those of a column training images, as its first run saw them.
     """
-    seed, shown, parts = args.seeds[0], COMMANDS[args.command][2], []
-    for column, row in itertools.product(args.columns, args.rows):
-        result = measured(column, row, seed, args)
-        if result.exists():
-            found = json.loads(result.read_text()).get("rows", [{}])
-            names = [" ".join(str(one[name]) for name in shown
-                              if name in one and not isinstance(one[name], float)) for one in found]
-            parts.append((row, names if args.command in ("attack", "steps") else [""],
-                          Image.open(result.with_suffix(".png"))))
-            if len(parts) == 1 and args.command == "quality":
-                # eight columns of tiles: the first two rows become one
-                data, (width, tile) = Image.open(result.parent / "data.png"), (400, 50)
-                strip = Image.new("RGB", (2 * width + 2, tile + 2), "white")
-                for k in range(2):
-                    strip.paste(data.crop((0, k * tile, width + 2, (k + 1) * tile + 2)),
-                                (k * width, 0))
-                parts.insert(0, ("training images", [""], strip))
+    parts = []
+    for column in args.columns:
+        seen = False
+        for row in args.rows:
+            result = measured(column, row, args.seeds[0], args)
+            drawn = result.with_suffix(".png")
+            if not drawn.exists():
+                continue
+            if args.command == "quality" and not seen:
+                parts.append(([f"{column}: trained on"], first_tiles(result.parent / "data.png")))
+                seen = True
+            names = [f"{column}: {row}"]
+            if args.command == "attack":
+                attacks = json.loads(result.read_text())["rows"]
+                names = [f"{row}\n{one['attack']}" for one in attacks]
+            parts.append((names, Image.open(drawn)))
     if not parts:
         raise UserError(f"no pictures of {args.study} in {args.out}")
-    margin = 130
-    whole = Image.new("RGB", (margin + max(part.width for *_, part in parts),
-                              sum(part.height for *_, part in parts)), "white")
+    margin = 170
+    whole = Image.new("RGB", (margin + max(part.width for _, part in parts),
+                              sum(part.height for _, part in parts)), "white")
     pen, font, top = ImageDraw.Draw(whole), ImageFont.load_default(13), 0
-    for row, names, part in parts:
+    for names, part in parts:
         for k, name in enumerate(names):
-            pen.text((4, top + 50 * k + 12), f"{row}\n{name}", fill="black", font=font)
+            pen.text((4, top + 50 * k + 12), name, fill="black", font=font)
         whole.paste(part, (margin, top))
         top += part.height
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
     whole.save(args.picture, optimize=True)
+
+
+def first_tiles(path):
+    """The first two rows of train.py's picture, eight tiles each, as one row."""
+    data, width, height = Image.open(path), 400, 50
+    strip = Image.new("RGB", (2 * width + 2, height + 2), "white")
+    for k in range(2):
+        part = data.crop((0, k * height, width + 2, (k + 1) * height + 2))
+        strip.paste(part, (k * width, 0))
+    return strip
 
 
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
-
-    def some(text):
-        return text.split(",")
-
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("study", nargs="?", choices=list(STUDIES), default="headline")
+    p.add_argument("study", nargs="?", choices=list(STUDIES), default="frontier",
+                   help="see --list (frontier)")
     p.add_argument("--list", action="store_true", help="show the studies' runs, run nothing")
     p.add_argument("--tables", action="store_true", help="print the table, run nothing")
-    p.add_argument("--picture", type=Path, help="PNG of its images, made of what is there")
-    p.add_argument("--columns", type=some, help="only these, with commas between (the study's)")
-    p.add_argument("--rows", type=some, help="only these, with commas between (the study's)")
-    p.add_argument("--seeds", type=some, help="only these, with commas between (the study's)")
+    p.add_argument("--picture", type=png, help="put its images together as a PNG, run nothing")
+    for flag, kind in (("columns", listed(str, *COLUMNS)), ("rows", listed(str, *ROWS)),
+                       ("seeds", listed(number(int, 0)))):
+        p.add_argument(f"--{flag}", type=kind, help="only these, commas between (the study's)")
     p.add_argument("--steps", type=number(int, 1), help="training steps (the study's)")
     p.add_argument("--num", type=number(int, 10), default=2000,
                    help="images to measure (2000; at most 500 for few_steps, 250 for attack)")
@@ -335,12 +359,10 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, default=Path("out/evidence"), help="(out/evidence)")
     args = p.parse_args(argv)
     args.command, columns, rows, seeds, steps = STUDIES[args.study]
-    args.columns, args.rows = args.columns or columns, args.rows or rows
-    args.seeds = [number(int, 0)(seed) for seed in args.seeds or map(str, seeds)]
+    args.columns = list(dict.fromkeys(args.columns or columns))
+    args.rows = list(dict.fromkeys(args.rows or rows))
+    args.seeds = list(dict.fromkeys(args.seeds or seeds))
     args.steps = args.steps or steps
-    for flag, known in (("columns", COLUMNS), ("rows", ROWS)):
-        if unknown := set(getattr(args, flag)) - set(known):
-            raise UserError(f"--{flag} {','.join(unknown)}: not of {', '.join(known)}")
     return args
 
 
@@ -350,18 +372,25 @@ def main(argv=None):
     warnings.filterwarnings("ignore", ".*torch.jit.script")
     args = parse_args(argv)
     if args.list:
+        trained = {}
         for study, (command, columns, rows, seeds, steps) in STUDIES.items():
-            total = sum(units(row) for row in rows) * len(columns) * len(seeds) * steps
+            total = 0
+            for run in itertools.product(columns, rows, seeds):
+                # what an earlier study has trained is there
+                total += units(run[1]) * max(0, steps - trained.get(run, 0))
+                trained[run] = max(steps, trained.get(run, 0))
             print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; seeds {seeds}; {steps} steps "
                   f"of 64; `{command}`; {total:,.0f} forwards of 64 images")
         return
-    failed = []
     if args.picture:
+        check_writable(args.picture)
         return picture(args)
+    failed = []
     if not args.tables:
-        args.out.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out / "classifier.pt")
         args.classifiers = {dataset: classifier(dataset, args) for dataset in {
-            COLUMNS[column].get("dataset", FASHION) for column in args.columns}}
+            COLUMNS[column].get("dataset", FASHION) for column in args.columns}
+            if args.command != "memorization"}
         runs = [(column, row, seed)
                 for seed in args.seeds for column in args.columns for row in args.rows]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
