@@ -124,7 +124,7 @@ def source(dataset, args):
 
 def labels(dataset, folder, split):
     """The published classes, int64 (N,), in the order of the images; UserError: not there."""
-    files, reader = find_source(dataset, Path(folder or f"data/{dataset}"), split)
+    files, reader = find_source(dataset, Path(folder), split)
     if reader is open_idx:
         files = [file.with_name(file.name.replace("images-idx3", "labels-idx1")) for file in files]
         if not files[0].exists():
@@ -226,7 +226,8 @@ def do(run, args):
     log = folder.parent / f"{folder.name}.log"
     flags = {"dataset": FASHION, **COLUMNS[column], **ROWS[row], "seed": seed}
     late = flags.pop("late", None)
-    flags |= source(flags["dataset"], args)
+    where = source(flags["dataset"], args)
+    flags |= where
     stages = [(args.steps, {})]
     if late:
         stages = [(args.steps * 4 // 5, {}), (args.steps, late)]
@@ -241,7 +242,7 @@ def do(run, args):
             call("train.py", "--out", folder, "--steps", last, *how, log=log)
     extra, most, _ = COMMANDS[args.command]
     own = {"num": min(args.num, most), "seed": seed, "json": result,
-           "png": result.with_suffix(".png"), **source(flags["dataset"], args)}
+           "png": result.with_suffix(".png"), **where}
     if args.command == "memorization":
         own["holdout"] = flags["dataset"]
     else:
