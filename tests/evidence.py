@@ -74,7 +74,8 @@ ROWS |= {f"{row}_share": {**ROWS[row], "reg_share": 0.3}
          for row in ("adv", "adv_epsilon", "adv_l2", "adv_l2x3", "invariant")}
 ROWS |= {f"adv_{lam}_share": {**ROWS["adv_share"], "lam": lam} for lam in (0.1, 1)}
 # plain until 80 % of the steps, then `late`
-ROWS["adv_late"] = {"mode": "dsm", "late": ROWS["adv"]}
+ROWS |= {"adv_late": {"mode": "dsm", "late": ROWS["adv"]},
+         "adv_late_share": {"mode": "dsm", "late": ROWS["adv_share"]}}
 # command of evaluate.py: its flags, at most so many images, what is printed of its JSON (of few
 # images KID, since the Frechet distance depends on their number)
 QUALITY = ["residual_noise", "pixel_std", "fid", "kid_mean", "precision", "recall"]
@@ -97,10 +98,10 @@ STUDIES = {
                  ["dsm", "adv_share", "adv_epsilon_share", "adv_l2_share", "adv_l2x3_share",
                   "invariant_share"], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
-              ["dsm", "adv_share", "adv_l2_share", "adv", "random"], [0], 2000),
+              ["dsm", "adv_share", "adv_l2_share", "adv", "random", "adv_late"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
-    "headline": ("quality", ["noise.2"], ["dsm", "adv_share", "adv", "random", "adv_late"],
-                 [0, 1], 5000),
+    "headline": ("quality", ["noise.2"],
+                 ["dsm", "adv_share", "adv", "random", "adv_late", "adv_late_share"], [0, 1], 5000),
     "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 5000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv"], [0], 5000),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
@@ -110,9 +111,11 @@ STUDIES = {
 
 def units(row):
     """Forwards that a training step of the row takes, see `losses.forward_units`."""
-    settings = {name: value for name, value in ROWS[row].items() if name != "late"}
-    own = forward_units(settings.pop("mode"), Perturbation(**settings))
-    return 0.8 * own + 0.2 * units("adv") if "late" in ROWS[row] else own
+    def cost(mode, late=None, **settings):
+        own = forward_units(mode, Perturbation(**settings))
+        return 0.8 * own + 0.2 * cost(**late) if late else own
+
+    return cost(**ROWS[row])
 
 
 def source(dataset, args):

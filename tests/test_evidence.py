@@ -94,6 +94,8 @@ def test_what_a_run_is_trained_on_and_measured_with(fashion, tmp_path, monkeypat
             next(word for word in words if word[:5] == "mode=") for words in parts]
         assert all(("resume" in words) == bool(saved) for words in parts[:1])
         assert all("noise_std=0.2" in words for words in parts)
+    share = [words for name, words in flags("noise.2", "adv_late_share", 4000)[:-1]]
+    assert len(share) == 1 and {"mode=adv", "reg_share=0.3", "resume"} <= {*share[0]}
     look = flags("few", "dsm", 0, "copies")[-1][1]
     assert "holdout=fashion_mnist" in look and not any(w.startswith("features=") for w in look)
 
@@ -160,6 +162,7 @@ def test_the_studies_name_what_there_is():
         assert {*columns} <= {*evidence.COLUMNS} and {*rows} <= {*evidence.ROWS}
     assert evidence.units("adv_share") == forward_units("adv", Perturbation(reg_share=0.3))
     assert evidence.units("adv_late") == pytest.approx(0.8 * 3 + 0.2 * 8)
+    assert evidence.units("adv_late_share") == pytest.approx(0.8 * 3 + 0.2 * 4.5)
     assert evidence.parse_args(["--seeds", "1,1,0"]).seeds == [1, 0]
     for argv in (["--rows", "advs"], ["--seeds", "x"], ["--picture", "a.jpg"]):
         with pytest.raises(UserError, match=argv[0]):
