@@ -674,6 +674,30 @@ def pixel_std(images):
     return math.sqrt(np.average((levels - mean) ** 2, weights=counts))
 
 
+def brightness_std(images):
+    """Standard deviation, over uint8 images (N, C, H, W), of their means, on the [-1, 1] scale."""
+    means = [images[i:i + 1000].mean((1, 2, 3)) for i in range(0, len(images), 1000)]
+    return float(np.concatenate(means).std()) / 127.5
+
+
+def noise_images(images, level=0.3):
+    """Share of uint8 images (N, C, H, W) that are mostly noise: their own `noise_std` > level.
+
+    `residual_noise`, a median over all images, does not see a few of them.
+    """
+    noisy = 0
+    for i in range(0, len(images), 1000):
+        x = images[i:i + 1000, :, :images.shape[2] // 2 * 2, :images.shape[3] // 2 * 2] / 127.5
+        a, b, c, d = (x[..., j::2, k::2] for j in (0, 1) for k in (0, 1))
+        noisy += (np.median(abs(a - b - c + d) / 2, axis=(1, 2, 3)) > 0.6745 * level).sum()
+    return float(noisy) / len(images)
+
+
+# What is said of each set without a network: by JSON key
+PLAIN = {"residual_noise": residual_noise, "pixel_std": pixel_std,
+         "brightness_std": brightness_std, "noise_images": noise_images}
+
+
 def describe(images, look, args, title, keep=False):
     """What the figures need of a set (N, C, H, W): a dict of tensors, on the first process alone.
 
@@ -683,7 +707,7 @@ def describe(images, look, args, title, keep=False):
     for i in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[i:i + 1000]))
     args.about.setdefault("sha256", {})[title] = digest.hexdigest()[:16]
-    digest.update(f"{args.about['features']}, with pixel_std".encode())
+    digest.update(f"{args.about['features']}, {', '.join(PLAIN)}".encode())
     path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
     # the first process decides for all
     found = torch.tensor([keep and path.exists()])
@@ -703,8 +727,7 @@ def describe(images, look, args, title, keep=False):
     centred = functools.partial(torch.sub, other=mean.float().to(args.exact))
     nearest = neighbours(rows, rows, 3, centred, args, f"{title}: radii", same=True)[0]
     stats = {"features": rows, "mean": mean, "cov": cov, "radii": nearest[:, -1].sqrt(),
-             "residual_noise": torch.tensor(residual_noise(images), dtype=torch.float64),
-             "pixel_std": torch.tensor(pixel_std(images), dtype=torch.float64)}
+             **{name: torch.tensor(of(images), dtype=torch.float64) for name, of in PLAIN.items()}}
     if keep:
         write_atomically(path, lambda temporary: save_npz(temporary, **stats))
     return {**stats, "logits": logits[0] if logits else None}
@@ -725,8 +748,8 @@ def inside(some, others, args, title):
 def figures(fake, real, args):
     """Quality of a described set against another: a dict by JSON key, {} but on the first process.
 
-    fid, is_mean, is_std (None without logits), kid_mean, kid_std, precision, recall, and the
-    residual noise and std over all pixels of both, on the [-1, 1] scale.
+    fid, is_mean, is_std (None without logits), kid_mean, kid_std, precision, recall, and PLAIN's
+    of both sets.
     """
     if args.rank:
         return {}
@@ -742,9 +765,8 @@ def figures(fake, real, args):
         "is_mean": is_mean, "is_std": is_std, "kid_mean": kid_mean, "kid_std": kid_std,
         "precision": inside(fake, real, args, "precision"),
         "recall": inside(real, fake, args, "recall"),
-        "residual_noise": fake["residual_noise"].item(),
-        "residual_noise_reference": real["residual_noise"].item(),
-        "pixel_std": fake["pixel_std"].item(), "pixel_std_reference": real["pixel_std"].item(),
+        **{f"{name}{end}": of[name].item()
+           for name in PLAIN for end, of in (("", fake), ("_reference", real))},
     }
 
 
@@ -771,7 +793,8 @@ def scorer(args, shape, config=None):
 
 
 def quality(args):
-    """FID, IS, KID, precision, recall, residual noise and pixel std of images, or of a run."""
+    """FID, IS, KID, precision, recall of images, or of a run; residual noise, pixel std, the std of
+    the images' brightness, the share of images that are noise, of both sets."""
     shape, load, config = open_samples(args)
     score = scorer(args, shape, config)
     return [score(load(), "samples")]

@@ -78,7 +78,8 @@ ROWS |= {"adv_late": {"mode": "dsm", "late": ROWS["adv"]},
          "adv_late_share": {"mode": "dsm", "late": ROWS["adv_share"]}}
 # command of evaluate.py: its flags, at most so many images, what is printed of its JSON (of few
 # images KID, since the Frechet distance depends on their number)
-QUALITY = ["residual_noise", "pixel_std", "fid", "kid_mean", "precision", "recall"]
+QUALITY = ["residual_noise", "noise_images", "pixel_std", "brightness_std", "fid", "kid_mean",
+           "precision", "recall"]
 COMMANDS = {
     "quality": ("--steps 50", 2000, QUALITY),
     "memorization": ("--steps 50 --features pixels", 2000,
@@ -88,7 +89,8 @@ COMMANDS = {
     "attack": ("--steps 20 --norm l2 --budget 0.1", 250,
                ["attack", "residual_noise", "pixel_std", "kid_mean", "mse", "norm_max"]),
 }
-NAMES = {"residual_noise": "noise left", "pixel_std": "pixel std", "fid": "FD", "kid_mean": "KID"}
+NAMES = {"residual_noise": "noise left", "noise_images": "noise images", "pixel_std": "pixel std",
+         "brightness_std": "brightness std", "fid": "FD", "kid_mean": "KID"}
 # study: command, columns, rows, seeds, training steps
 STUDIES = {
     "frontier": ("quality", ["noise.2"],

@@ -115,7 +115,7 @@ def described(rows):
     near = evaluate.neighbours(rows, rows, 3, lambda x: x, HERE, "", same=True)[0]
     mean, cov = evaluate.moments(rows)
     return {"features": rows, "mean": mean, "cov": cov, "radii": near[:, -1].sqrt(),
-            "logits": None, "residual_noise": torch.zeros(()), "pixel_std": torch.zeros(())}
+            "logits": None, **dict.fromkeys(evaluate.PLAIN, torch.zeros(()))}
 
 
 def precision_recall(fake, real):
@@ -186,6 +186,21 @@ def test_residual_noise():
 def test_pixel_std():
     images = np.random.default_rng(0).integers(0, 200, (1003, 1, 4, 4), dtype=np.uint8)
     assert pixel_std(images) == pytest.approx((images / 127.5 - 1).std(), rel=1e-12)
+
+
+def test_brightness_and_noise_images():
+    images = np.random.default_rng(0).integers(0, 200, (1003, 3, 5, 5), dtype=np.uint8)
+    means = (images / 127.5 - 1).mean((1, 2, 3))
+    assert evaluate.brightness_std(images) == pytest.approx(means.std(), rel=1e-12)
+    # flat, a little noise, much of it: 1, 2 and 3 of 6, the edge of an odd size left out
+    x = np.full((6, 1, 9, 9), 128.0)
+    x[1:, :, :8, :8] += 127.5 * np.random.default_rng(1).normal(0, 0.1, (5, 1, 8, 8))
+    x[3:, :, :8, :8] += 127.5 * np.random.default_rng(2).normal(0, 0.5, (3, 1, 8, 8))
+    images = x.clip(0, 255).astype(np.uint8)
+    assert evaluate.noise_images(images) == 0.5
+    assert evaluate.noise_images(images, 0.02) == 5 / 6
+    own = [residual_noise(image[None]) for image in images]
+    assert evaluate.noise_images(images, np.mean(own[:2])) == np.mean(own > np.mean(own[:2]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -403,7 +418,8 @@ def measure(in_process, tmp_path_factory):
 
 
 KEYS = ["fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "residual_noise",
-        "residual_noise_reference", "pixel_std", "pixel_std_reference"]
+        "residual_noise_reference", "pixel_std", "pixel_std_reference", "brightness_std",
+        "brightness_std_reference", "noise_images", "noise_images_reference"]
 
 
 def test_quality_of_folder_zip_and_npz(pictures, measure, capsys):

@@ -153,7 +153,7 @@ def test_the_table_has_the_mean_over_the_seeds(tmp_path):
     assert first.startswith("| noise.2 | dsm | 0, 1 | 3 | 2.000 +- 1.414 |")
     assert "| adv |" not in text and "9.000" not in text
     assert "| noise.2 | adv_late | 1 | 4 | 4.000 |" in text
-    assert text.splitlines()[-1].split(" | ")[5] == "0.673"
+    assert text.splitlines()[-1].split(" | ")[6] == "0.673"
 
 
 def test_the_studies_name_what_there_is():
