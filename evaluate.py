@@ -948,7 +948,9 @@ def alarm(args):
     args.about["num"] = len(index)
     kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"], config["seed"])
     x0 = training_images(images, index, kinds, config["noise_std"], config["seed"])
-    cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
+    # what a run older than a field did is the field's default
+    fields = [key for key in Perturbation.__dataclass_fields__ if key in config]
+    cfg = Perturbation(**{key: config[key] for key in fields})
     times = alarm_times(diffusion.T)
     found = overfit(net, diffusion, x0.to(args.device), times, cfg)
     return [{"t": t, "J_pgd10": pgd, "J_train": own, "ratio": pgd / own if own else None}

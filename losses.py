@@ -78,6 +78,8 @@ class Perturbation:
     ascent_step: size of a sign step in units of r. 1.25 is RS-FGSM's (Wong et al. 2020).
     detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
     reg_share: of the batch that is regularised, in (0, 1]; its mean stands for the whole.
+    reg_low: regularise the smallest t of the batch, at the weight that they have in it; large t
+        are left to dsm (not in the paper).
     """
 
     reading: str = "sigma"
@@ -90,6 +92,7 @@ class Perturbation:
     ascent_step: float = 1.25
     detach_target: bool = False
     reg_share: float = 1.0
+    reg_low: bool = False
 
 
 def radius_sigma(s, beta, lam, rho):
@@ -247,6 +250,9 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     adversarial: omega from `ascend`, else random.
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
+    if cfg.reg_low:
+        order = t.argsort()
+        x0, t, eps = x0[order], t[order], eps[order]
     x_t = diffusion.diffuse(x0, t, eps)
     k = max(1, round(cfg.reg_share * len(x0)))  # batches are shuffled: their head is a random share
     x, times = x_t[:k], t[:k]
@@ -266,7 +272,8 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     fit = mean_square(clean - eps[:k])
     if k < len(x0):
         fit = torch.cat([fit, mean_square(net(x_t[k:], t[k:]) - eps[k:])])
-    fit, reg = fit.mean(), (lam_t.flatten() * residual).mean()
+    fit, reg = fit.mean(), lam_t.flatten() * residual
+    reg = reg.sum() / len(x0) if cfg.reg_low else reg.mean()
     figures = {"dsm": fit, "reg": reg, "residual": residual.mean(), "omega": omega.abs().mean()}
     return fit + reg, {name: value.detach() for name, value in figures.items()}
 

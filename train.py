@@ -104,6 +104,8 @@ FLAGS = {
         "ascent_step": (Perturbation.ascent_step, size, "size of a sign step, in radii"),
         "reg_share": (Perturbation.reg_share, number(float, 1e-3, 1),
                       "share of the batch regularised; at .3 adv costs 4.5 units, not 8"),
+        "reg_low": (Perturbation.reg_low, ON_OFF,
+                    "take that share from the smallest t, not at random"),
         "detach_target": (Perturbation.detach_target, ON_OFF,
                           "no gradient through the unperturbed branch"),
     },

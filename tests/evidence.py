@@ -72,10 +72,15 @@ ROWS = {
 # with the penalty on 30 % of each batch: for the sign step 4.5 forward-units instead of 8
 ROWS |= {f"{row}_share": {**ROWS[row], "reg_share": 0.3}
          for row in ("adv", "adv_epsilon", "adv_l2", "adv_l2x3", "invariant")}
+# on the tenth (or 30 %) of each batch that has the smallest t
+ROWS |= {f"{row}_low": {**ROWS[row], "reg_share": 0.1, "reg_low": True}
+         for row in ("adv", "adv_l2")}
+ROWS |= {"adv_low_0.3": {**ROWS["adv_low"], "reg_share": 0.3}}
 ROWS |= {f"adv_{lam}_share": {**ROWS["adv_share"], "lam": lam} for lam in (0.1, 1)}
 # plain until 80 % of the steps, then `late`
 ROWS |= {"adv_late": {"mode": "dsm", "late": ROWS["adv"]},
-         "adv_late_share": {"mode": "dsm", "late": ROWS["adv_share"]}}
+         "adv_late_share": {"mode": "dsm", "late": ROWS["adv_share"]},
+         "adv_late_low": {"mode": "dsm", "late": ROWS["adv_low"]}}
 # command of evaluate.py: its flags, at most so many images, what is printed of its JSON (of few
 # images KID, since the Frechet distance depends on their number)
 QUALITY = ["residual_noise", "noise_images", "pixel_std", "brightness_std", "fid", "kid_mean",
@@ -243,7 +248,8 @@ def do(run, args):
                             "fewer steps come first, or take another --out")
         if saved < last:
             how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
-            how += [f"--{name}={value}" for name, value in (flags | change).items()]
+            how += [f"--{name}" if value is True else f"--{name}={value}"
+                    for name, value in (flags | change).items()]
             call("train.py", "--out", folder, "--steps", last, *how, log=log)
     extra, most, _ = COMMANDS[args.command]
     own = {"num": min(args.num, most), "seed": seed, "json": result,

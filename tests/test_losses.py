@@ -370,12 +370,15 @@ def test_trajectory_attack_moves_the_denoised_estimate_further_than_chance():
         assert moved(norm, 5) > 1.2 * moved(norm, 0)
 
 
-@pytest.mark.parametrize("mode", ["random", "adv"])
-def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode):
-    """The rest's gradient is dsm's; the head's is the whole objective's on the head alone."""
+@pytest.mark.parametrize("mode", ["random", "adv", "invariant"])
+@pytest.mark.parametrize("low", [False, True])
+def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode, low):
+    """The rest's gradient is dsm's; a random share stands for the batch, the lowest t do not."""
     torch.manual_seed(0)
     net, diffusion = small_unet(), Diffusion()
-    x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
+    x0, eps = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
+    t = torch.tensor([900, 30, 500, 400, 999, 10, 700, 800])
+    rows, weight = ([5, 1], 0.25) if low else ([0, 1], 1)
 
     def gradients(mode, rows, cfg):
         torch.manual_seed(1)
@@ -383,13 +386,13 @@ def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode):
         grads = torch.autograd.grad(loss, list(net.parameters()))
         return figures, torch.cat([g.flatten() for g in grads])
 
-    shared, got = gradients(mode, slice(None), Perturbation(reg_share=0.25))
-    head, of_head = gradients(mode, slice(2), Perturbation())
-    _, of_head_dsm = gradients("dsm", slice(2), None)
+    shared, got = gradients(mode, slice(None), Perturbation(reg_share=0.25, reg_low=low))
+    alone, of_rows = gradients(mode, rows, Perturbation())
+    _, of_rows_dsm = gradients("dsm", rows, None)
     whole_dsm, of_all_dsm = gradients("dsm", slice(None), None)
     assert shared["dsm"] == pytest.approx(whole_dsm["dsm"].item(), rel=1e-5)
-    assert shared["reg"] == pytest.approx(head["reg"].item(), rel=1e-5)
-    assert torch.allclose(got, of_all_dsm + of_head - of_head_dsm, rtol=1e-3, atol=1e-5)
+    assert shared["reg"] == pytest.approx(weight * alone["reg"].item(), rel=1e-5)
+    assert torch.allclose(got, of_all_dsm + weight * (of_rows - of_rows_dsm), rtol=1e-3, atol=1e-5)
 
 
 def test_a_share_keeps_the_dropout_mask_of_its_branches():
