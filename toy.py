@@ -685,7 +685,7 @@ def frontier(net, run, args):
 def frontier_cells(rows):
     """frontier's rows as charts over the cost; adds to each row its share of adv's gain on dsm."""
     cells = {}
-    families = {"random": ("dsm", "random"), "sign": ("dsm", "adv_share", "adv"),
+    families = {"random": ("dsm", "random"), "sign": ("dsm", "adv_low", "adv_share", "adv"),
                 "l2": ("dsm", "adv_l2_share", "adv_l2", "adv_l2x3")}
     for (data, corruption), figures in FRONTIER.items():
         task = data, describe(corruption)

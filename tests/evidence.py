@@ -72,15 +72,18 @@ ROWS = {
 # with the penalty on 30 % of each batch: for the sign step 4.5 forward-units instead of 8
 ROWS |= {f"{row}_share": {**ROWS[row], "reg_share": 0.3}
          for row in ("adv", "adv_epsilon", "adv_l2", "adv_l2x3", "invariant")}
-# on the tenth (or 30 %) of each batch that has the smallest t
+# on the tenth of each batch that has the smallest t, or on 30 %, or with other weights
 ROWS |= {f"{row}_low": {**ROWS[row], "reg_share": 0.1, "reg_low": True}
-         for row in ("adv", "adv_l2")}
+         for row in ("adv", "adv_l2", "adv_l2x3")}
 ROWS |= {"adv_low_0.3": {**ROWS["adv_low"], "reg_share": 0.3}}
-ROWS |= {f"adv_{lam}_share": {**ROWS["adv_share"], "lam": lam} for lam in (0.1, 1)}
+ROWS |= {f"adv_{lam}_low": {**ROWS["adv_low"], "lam": lam} for lam in (0.1, 1)}
 # plain until 80 % of the steps, then `late`
 ROWS |= {"adv_late": {"mode": "dsm", "late": ROWS["adv"]},
          "adv_late_share": {"mode": "dsm", "late": ROWS["adv_share"]},
          "adv_late_low": {"mode": "dsm", "late": ROWS["adv_low"]}}
+# a tenth of the learning rate in the last fifth
+ROWS |= {f"{row}_cool": {**ROWS[row], "late": {**ROWS[row], "lr": 1e-4, "ema": 0.995}}
+         for row in ("dsm", "adv_share", "adv_low")}
 # command of evaluate.py: its flags, at most so many images, what is printed of its JSON (of few
 # images KID, since the Frechet distance depends on their number)
 QUALITY = ["residual_noise", "noise_images", "pixel_std", "brightness_std", "fid", "kid_mean",
@@ -99,26 +102,29 @@ NAMES = {"residual_noise": "noise left", "noise_images": "noise images", "pixel_
 # study: command, columns, rows, seeds, training steps
 STUDIES = {
     "frontier": ("quality", ["noise.2"],
-                 ["dsm", "adv_share", "adv", "adv_l2_share", "random", "random_1", "random_3",
-                  "adv_0.1_share", "adv_1_share"], [0], 2000),
+                 ["dsm", "adv_low", "adv_share", "adv", "adv_l2_share", "random", "random_1",
+                  "random_3", "adv_low_0.3", "adv_0.1_low", "adv_1_low", "adv_l2_low",
+                  "adv_l2x3_low"], [0], 2000),
     "readings": ("quality", ["noise.2"],
                  ["dsm", "adv_share", "adv_epsilon_share", "adv_l2_share", "adv_l2x3_share",
                   "invariant_share"], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
-              ["dsm", "adv_share", "adv_l2_share", "adv", "random", "adv_late"], [0], 2000),
+              ["dsm", "adv_low", "adv_share", "adv_l2_share", "adv", "random"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "headline": ("quality", ["noise.2"],
-                 ["dsm", "adv_share", "adv", "random", "adv_late", "adv_late_share"], [0, 1], 5000),
+                 ["dsm", "random", "adv", "adv_low", "adv_share", "adv_late", "adv_late_share"],
+                 [0, 1], 5000),
     "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 5000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv"], [0], 5000),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
-    "cifar10": ("quality", ["cifar10"], ["dsm", "adv_share"], [0], 5000),
+    "cifar10": ("quality", ["cifar10"], ["dsm", "adv_share", "adv_low"], [0], 5000),
+    "cool": ("quality", ["cifar10", "noise.2"], ["dsm_cool", "adv_low_cool"], [0], 6250),
 }
 
 
 def units(row):
     """Forwards that a training step of the row takes, see `losses.forward_units`."""
-    def cost(mode, late=None, **settings):
+    def cost(mode, late=None, lr=None, ema=None, **settings):
         own = forward_units(mode, Perturbation(**settings))
         return 0.8 * own + 0.2 * cost(**late) if late else own
 

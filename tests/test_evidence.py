@@ -164,6 +164,7 @@ def test_the_studies_name_what_there_is():
     assert evidence.units("adv_share") == forward_units("adv", Perturbation(reg_share=0.3))
     assert evidence.units("adv_late") == pytest.approx(0.8 * 3 + 0.2 * 8)
     assert evidence.units("adv_late_share") == pytest.approx(0.8 * 3 + 0.2 * 4.5)
+    assert evidence.units("adv_low_cool") == pytest.approx(3.5)
     assert evidence.parse_args(["--seeds", "1,1,0"]).seeds == [1, 0]
     for argv in (["--rows", "advs"], ["--seeds", "x"], ["--picture", "a.jpg"]):
         with pytest.raises(UserError, match=argv[0]):
