@@ -78,8 +78,8 @@ class Perturbation:
     ascent_step: size of a sign step in units of r. 1.25 is RS-FGSM's (Wong et al. 2020).
     detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
     reg_share: of the batch that is regularised, in (0, 1]; its mean stands for the whole.
-    reg_low: regularise the smallest t of the batch, at the weight that they have in it; large t
-        are left to dsm (not in the paper).
+    reg_low: take that share from the smallest t of the batch, or of the part of it that a process
+        computes at a time; each keeps its weight in the batch, the rest is left to dsm (ours).
     """
 
     reading: str = "sigma"

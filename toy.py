@@ -59,7 +59,7 @@ VARIANTS = {
     "adv_l2": ("adv", {"ascent_norm": "l2"}, "adversarial, l2, 1 step"),
     "adv_l2x3": ("adv", {"ascent_norm": "l2", "ascent_steps": 3}, "adversarial, l2, 3 steps"),
     "adv_share": ("adv", {"reg_share": 0.3}, "adversarial, 30 % of each batch"),
-    "adv_low": ("adv", {"reg_share": 0.1, "reg_low": True}, "adversarial, t < T / 10"),
+    "adv_low": ("adv", {"reg_share": 0.1, "reg_low": True}, "adversarial, lowest tenth of t"),
     "adv_l2_share": ("adv", {"ascent_norm": "l2", "reg_share": 0.3}, "l2, 30 % of each batch"),
     "invariant": ("invariant", {}, "invariance"),
 }

@@ -105,7 +105,7 @@ FLAGS = {
         "reg_share": (Perturbation.reg_share, number(float, 1e-3, 1),
                       "share of the batch regularised; at .3 adv costs 4.5 units, not 8"),
         "reg_low": (Perturbation.reg_low, ON_OFF,
-                    "take that share from the smallest t, not at random"),
+                    "take that share from the smallest t, not rescaled; needs --reg_share < 1"),
         "detach_target": (Perturbation.detach_target, ON_OFF,
                           "no gradient through the unperturbed branch"),
     },
@@ -466,6 +466,8 @@ def settle(given, stored):
             raise UserError(f"--{key} {cfg[key]}: the checkpoint's network has {stored[key]}")
     if cfg["noise_p"] and not cfg["noise_std"] or given.get("noise_std") and not cfg["noise_p"]:
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
+    if cfg["reg_low"] and cfg["reg_share"] == 1:
+        raise UserError("--reg_low needs a --reg_share below 1, such as .1")
     beta_max = cfg["beta_max"] or READINGS[cfg["reading"]][1]
     if beta_max < cfg["beta_min"]:
         raise UserError(f"beta_max {beta_max} is below beta_min {cfg['beta_min']}")

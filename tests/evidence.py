@@ -300,7 +300,9 @@ def table(args):
             found = {seed: json.loads(file.read_text())
                      for seed, file in files.items() if file.exists()}
             for same in zip(*(one.get("rows", [one]) for one in found.values())):
-                cells = [spread([figures[name] for figures in same]) for name in shown]
+                # a result older than a figure has none
+                cells = ["" if any(name not in figures for figures in same) else
+                         spread([figures[name] for figures in same]) for name in shown]
                 seeds = ", ".join(map(str, found))
                 lines.append([column, row, seeds, f"{units(row):.3g}", *cells])
                 data = [same[0].get(f"{name}_reference") for name in shown]

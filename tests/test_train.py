@@ -466,6 +466,7 @@ def places(tmp_path_factory):
     (["--steps", "many"], "'many' is not a whole number"),
     (["--batch_size", "9", "--accum", "2"], "does not divide"),
     (["--batch_size", "8", "--accum", "8", "--reg_share", "0.3"], "that is none"),
+    (["--reg_low"], "--reg_low needs a --reg_share below 1"),
     (["--limit", "10001"], "--limit 10001: the data set has 10000 images"),
     (["--beta_max", "0.001"], "below beta_min"),
     (["--dropout", "1"], "below 1"),
