@@ -83,7 +83,7 @@ ROWS |= {"adv_late": {"mode": "dsm", "late": ROWS["adv"]},
          "adv_late_low": {"mode": "dsm", "late": ROWS["adv_low"]}}
 # a tenth of the learning rate in the last fifth
 ROWS |= {f"{row}_cool": {**ROWS[row], "late": {**ROWS[row], "lr": 1e-4, "ema": 0.995}}
-         for row in ("dsm", "adv_share", "adv_low")}
+         for row in ("dsm", "adv_low")}
 # command of evaluate.py: its flags, at most so many images, what is printed of its JSON (of few
 # images KID, since the Frechet distance depends on their number)
 QUALITY = ["residual_noise", "noise_images", "pixel_std", "brightness_std", "fid", "kid_mean",
@@ -294,7 +294,7 @@ def table(args):
               *(NAMES.get(name, name) for name in shown)]]
     lines.append(["---"] * len(lines[0]))
     for column in args.columns:
-        data = None
+        data = [None] * len(shown)
         for row in args.rows:
             files = {seed: measured(column, row, seed, args) for seed in args.seeds}
             found = {seed: json.loads(file.read_text())
@@ -305,8 +305,9 @@ def table(args):
                          spread([figures[name] for figures in same]) for name in shown]
                 seeds = ", ".join(map(str, found))
                 lines.append([column, row, seeds, f"{units(row):.3g}", *cells])
-                data = [same[0].get(f"{name}_reference") for name in shown]
-        if data and any(data):
+                data = [x if x is not None else same[0].get(f"{name}_reference")
+                        for x, name in zip(data, shown)]
+        if any(data):
             lines.append([column, "clean images", "", "",
                           *("" if x is None else spread([x]) for x in data)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

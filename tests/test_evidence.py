@@ -96,6 +96,9 @@ def test_what_a_run_is_trained_on_and_measured_with(fashion, tmp_path, monkeypat
         assert all("noise_std=0.2" in words for words in parts)
     share = [words for name, words in flags("noise.2", "adv_late_share", 4000)[:-1]]
     assert len(share) == 1 and {"mode=adv", "reg_share=0.3", "resume"} <= {*share[0]}
+    plain, cool = [words for name, words in flags("noise.2", "adv_low_cool", 0)[:-1]]
+    assert "lr=0.0001" not in plain
+    assert {"lr=0.0001", "ema=0.995", "mode=adv", "reg_low"} <= {*cool}
     assert {"reg_low", "reg_share=0.1"} <= {*flags("noise.2", "adv_low", 0)[0][1]}
     look = flags("few", "dsm", 0, "copies")[-1][1]
     assert "holdout=fashion_mnist" in look and not any(w.startswith("features=") for w in look)
