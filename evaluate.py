@@ -2,614 +2,394 @@
 
     python evaluate.py quality out/cifar10-adv/samples --reference cifar10
     python evaluate.py attack out/cifar10-adv --norm l2 --budget 0.1
-    torchrun --nproc_per_node=8 -- evaluate.py quality out/cifar10-adv --num 50000
+    python evaluate.py overfit out/cifar10-adv/ckpt_*.pt
 
-The commands: quality, memorization, attack, steps, denoise, overfit; each has its own -h. Under
-torchrun each process sees every world-th image; the figures are those of one process.
+The commands: quality, memorization, attack, steps, denoise, overfit; each has its own -h. They run
+in one process: `torchrun sample.py` draws many images on several GPUs, then `quality` measures.
 """
 
 import argparse
 import contextlib
-import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import sys
+import textwrap
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import gaussian_filter
 from torch import nn
-from torchvision.transforms.functional import gaussian_blur, normalize
 
-from losses import Denoiser, Perturbation, mean_square, trajectory_attack
-from model import UserError, run_cli
-from sample import (ATTACK, EOT, Parser, denoise_step, image_noise, load_run, model_shape, number,
-                    sample, save_grid, save_npz, setup, start_group, ticker, to_uint8,
-                    visits, write_atomically)
-from train import (DATASETS, PRESETS, alarm_times, choose_corruption, find_source, load_images,
-                   overfit, settle, some_of, training_images)
+from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
+                    radius_and_weight, random_omega, trajectory_attack)
+from sample import (ATTACK, EOT, FIXED_BATCH, Parser, UserError, a_path, check_writable, comma_list,
+                    denoise_step, draw_images, image_noise, load_run, number, run_cli, save_grid,
+                    save_npz, seed_for, setup_device, ticker, user_errors, visits,
+                    write_atomically, write_json)
+from train import (PRESETS, choose_corruption, complete_config, crop_resize, find_source,
+                   limit_images, load_images, open_source, training_images)
 
-# ---------- Sharing the work, and watching it
+# ---------- Images: uint8 arrays (N, C, H, W)
 
-
-def first_here(args, load):
-    """load() by one process a machine, which fills a cache, and then by the others."""
-    first = args.local == 0
-    found = load() if first else None
-    if args.world > 1:
-        dist.barrier()
-    return found if first else load()
+CACHE = Path("out/cache")
 
 
-def gather(part, n, world, device):
-    """Rows rank, rank + world, ... of each process -> all n, in order, on every process's CPU."""
-    if world == 1:
-        return part
-    padded = part.new_zeros(-(-n // world), *part.shape[1:]).to(device)
-    padded[:len(part)] = part.to(device)
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:n].cpu()
+def shape_of(image):
+    """(C, H, W) of a PIL image, C 1 for grey or 3."""
+    return 1 if image.mode[0] in "1LI" else 3, image.height, image.width
 
 
-@contextlib.contextmanager
-def full_precision():
-    """No TF32, which setup() allows for sampling: figures are to equal the reference's."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@full_precision()
-def extract(images, look, args, title, chosen=None):
-    """What look(uint8 (B, C, H, W), indices) returns, over all: list of CPU tensors (N, ...).
-
-    images: anything with uint8 (B, C, H, W) at an index array.  chosen: only those (N,) indices.
-    Under torchrun each process looks at its share, and all of them get the whole. The next batch
-    is read during this one.
-    """
-    chosen = np.arange(len(images)) if chosen is None else chosen
-    n, size = len(chosen), args.batch_size
-    # a process beyond the last image looks at an earlier one, which gather() leaves out
-    mine = chosen[args.rank % n::args.world]
-    parts = None
-
-    def fetch(i):
-        return torch.from_numpy(images[mine[i:i + size]]).contiguous()
-
-    with ThreadPoolExecutor(1) as loader, ticker(title, n, args.rank == 0) as tick:
-        ahead = loader.submit(fetch, 0)
-        for i in range(0, len(mine), size):
-            batch = ahead.result().to(args.device)
-            ahead = loader.submit(fetch, i + size)
-            ends = look(batch, mine[i:i + size])
-            if parts is None:
-                parts = [end.new_empty(len(mine), *end.shape[1:], device="cpu") for end in ends]
-            for part, end in zip(parts, ends):
-                part[i:i + len(end)] = end
-            tick(min(n, (i + len(batch)) * args.world))
-    parts = [gather(part, n, args.world, args.device) for part in parts]
-    if not all(part.isfinite().all() for part in parts):
-        raise UserError(f"{title}: what the network returns is not finite")
-    return parts
-
-
-def check_writable(path):
-    """Make a file's folder; UserError, before the work, if the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open(path, "ab").close()
-        if path.stat().st_size == 0:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-# ---------- Images: uint8 arrays (N, C, H, W), memory-mapped where they come from files
-
-CACHE = "out/cache"
-
-
-def form(shape):
+def size_and_colour(shape):
     """(C, H, W) -> "28x28 grey"."""
     return f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'RGB'}"
 
 
-def same_kind(name, shape, other, wanted):
-    """Raise UserError unless two image shapes (C, H, W) are the same."""
-    if tuple(shape) != tuple(wanted):
-        raise UserError(f"{name} is {form(shape)}, {other} {form(wanted)}: they must be of one "
-                        "size and colour")
-
-
-def take(images, num, flag, name):
-    """The first `num` images, None: all; UserError if that is not there, or is below 10."""
+def first_images(images, num, flag, name):
+    """The first `num` images, None: all.  UserError where there are fewer, or fewer than 10."""
     if len(images) < (num or 10):
         asked = f"--{flag} asks for {num}" if num else "at least 10 are needed"
         raise UserError(f"{name}: {len(images)} images, {asked}")
     return images[:num]
 
 
-def load_as_is(path, cache_dir):
-    """The images of a folder, zip, or npz (arr_0, uint8 NHWC, as sample.py writes it), to measure.
+def read_as_is(path):
+    """The images of a folder, zip or npz, to measure: uint8 (N, C, H, H), not cropped or resized.
 
-    A uint8 array (N, C, H, W), nothing cropped or resized; decoded ones are memory-mapped from
-    cache_dir. Raises UserError, naming the file, for one that is missing, damaged, of floats, not
-    square, or not of the first one's size and colour.
+    Raises UserError, naming the file, for one that is missing, damaged, not square, or not of the
+    first one's size and colour.
     """
-    path = name = Path(path)
-    kinds = {}
-    try:
-        if path.suffix == ".npz":
-            array = np.load(path)["arr_0"]
-            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-                raise ValueError(f"arr_0 is {array.dtype} {array.shape}, not uint8 (N, H, W, C)")
-            return array.transpose(0, 3, 1, 2)
-        files, reader = find_source("folder", path, "train")
-        items, read = reader(files)
-        for name in items:
-            image = read(name)
-            if image.mode == "F":
-                raise ValueError("its values are floats, not 8 bits")
-            kinds[name] = (1 if image.mode[0] in "1LI" else 3, *image.size[::-1])
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"{name}: not readable as images ({error})") from error
-    if not kinds:
-        raise UserError(f"no images in {path}" if path.exists() else f"no such file: {path}")
-    channels, height, width = shape = kinds[items[0]]
-    if height != width:
-        raise UserError(f"{items[0]} is not square")
-    for name in items:
-        same_kind(name, kinds[name], items[0], shape)
-    return load_images("folder", width, channels, path, cache_dir)
+    if not path.exists():
+        raise UserError(f"no such file: {path}")
+    source, images = open_source("folder", path), None
+    for i, item in enumerate(source.items):
+        name = item if isinstance(item, (str, Path)) else f"{path}, image {i}"
+        with user_errors(Exception, prefix=f"{name}: "):  # A damaged file may raise anything.
+            image = source.read(item)
+            shape = shape_of(image)
+            if images is None:
+                images = np.empty((len(source.items), *shape), np.uint8)
+            if shape != images.shape[1:] or shape[1] != shape[2]:
+                raise ValueError(f"it is {size_and_colour(shape)}, the first is "
+                                 f"{size_and_colour(images.shape[1:])}: all must be alike, square")
+            images[i] = crop_resize(image, shape[1], shape[0])
+    return images
 
 
-def open_reference(name, args, shape, config=None, split="train", label="reference"):
-    """The images to compare those of shape (C, H, W) with; the provenance gets their name and N.
+def load_reference(name, shape, args, about, config=None, key="reference", split="train"):
+    """The images to compare those of `shape` (C, H, W) with: uint8 (N, C, H, W).
 
-    name: a data set of train.py, a folder, a zip or an npz. None: the run's own data set, clean.
-    split: of a data set; "test" is refused where the source is a bare folder or zip.
-    A data set is made as the run's images are, and the provenance says so; without a run, its own
-    size and colour have to fit.
+    name: a data set of train.py, a folder, a zip or an npz; None: the run's own data set, clean.
+    key: what the provenance calls them.  split "test": refused where a data set has none.
+    They are made at that size and colour as train.py makes its own; the provenance says of what.
     """
     folder, cache = args.data_dir, args.cache_dir
     if config and name in (None, config["dataset"]):
         name = config["dataset"]
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
-    if name is None:
+    if not name:
         raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
-    if name in DATASETS:
-        size = PRESETS[name].get("image_size", shape[1])
-        own = shape if name == "shapes" else (PRESETS[name].get("in_channels", 3), size, size)
-        if config is None:
-            same_kind(name, own, "the sample", shape)
-        root = Path(folder or f"data/{name}")
-        if split == "test" and name not in ("shapes", "celeba"):
-            files = find_source(name, root, "test")[0]
-            if files and files == find_source(name, root, "train")[0]:
-                raise UserError(f"{root} has no test split: name a folder, zip or npz of held-out "
-                                "images")
-        images = first_here(args, lambda: load_images(name, *shape[1::-1], folder, cache, split))
-        name = f"{name} {split}" + (f", made {form(shape)} of {form(own)}" if own != shape else "")
-    else:
-        images = first_here(args, lambda: load_as_is(name, args.cache_dir or CACHE))
-    same_kind(name, images.shape[1:], "the sample", shape)
-    num = args.reference_num if label == "reference" else None
-    images = take(images, num, "reference_num", label)
-    args.about.update({label: name, f"{label}_num": len(images), "image": form(shape)})
+    source, label, dataset = None, f"{name} {split}", name
+    if name not in PRESETS:
+        if not Path(name).exists():
+            raise UserError(f"{name}: neither a data set nor a file or folder")
+        label, dataset, folder, cache = name, "folder", name, cache or CACHE
+    if dataset != "shapes":
+        source = find_source(dataset, folder, split)
+        if name in PRESETS and split == "test" and source.split is None:
+            # A bare set is the training images, unless --data_dir names another one to denoise.
+            trained_on = folder if key == "holdout" else config["data_dir"]
+            if str(folder) == str(trained_on):
+                raise UserError(f"{folder or f'data/{name}'} has no test split: name a folder, zip "
+                                "or npz of held-out images")
+    images = load_images(dataset, shape[1], shape[0], folder, cache, split, source)
+    own = shape_of(source.read(source.items[0])) if source else shape
+    if own != shape:
+        label += f", made {size_and_colour(shape)} of {size_and_colour(own)}"
+    about.update({key: label, f"{key}_num": len(images), "image": size_and_colour(shape)})
     return images
 
 
-def open_run(path, args, *steps):
-    """(net, its Diffusion, its settings as `train.settle` completes them); the weights are noted.
-
-    Raises UserError as `load_run`, for a foreign config, or for more sampling steps than T.
-    """
-    net, diffusion, config, origin = load_run(path, args.device, args.raw)
-    try:
-        config = settle({}, {"dataset": None} | config)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: its config is not one of train.py") from error
-    if max(steps, default=0) > diffusion.T:
-        raise UserError(f"--steps {max(steps)}: the model was trained with T = {diffusion.T}")
-    args.about.update(origin)
-    return net, diffusion, config
+def open_run(path, args, about, *steps):
+    """`load_run`, its config complete, noted in the provenance; UserError for more steps than T."""
+    run = load_run(path, args.device, args.raw)
+    if max(steps, default=0) > run.diffusion.T:
+        raise UserError(f"--steps {max(steps)}: the model was trained with T = {run.diffusion.T}")
+    about.update(run.origin)
+    with user_errors(KeyError, TypeError, prefix=f"{path}: its config is not one of train.py: "):
+        return run._replace(config=complete_config(run.config))
 
 
-def open_samples(args):
-    """SAMPLES: (shape (C, H, W), function that returns the images, the run's settings or None).
+def load_samples(args, about):
+    """SAMPLES: (shape (C, H, W), function that returns the images, the run's config or None).
 
     A run is drawn from by that function: after whatever can be wrong has been found.
     """
-    path = Path(args.samples)
+    path = args.samples
     if (path / "ckpt.pt").exists() or path.suffix == ".pt":
-        run = open_run(path, args, args.steps)
-        args.about["num"] = args.num = args.num or 50_000
-        return model_shape(run[2]), lambda: draw(run, args, "drawing", args.steps, args.sampler,
-                                                 args.spacing), run[2]
-    images = first_here(args, lambda: load_as_is(path, args.cache_dir or CACHE))
-    images = take(images, args.num, "num", "samples")
-    note = dict.fromkeys(DRAW)  # the flags did not draw them; sample.py may have
-    beside = path.parent if path.name == "samples.npz" else path
+        run = open_run(path, args, about, args.steps)
+        about["num"] = args.num or 50_000
+        return run.shape, lambda: draw(run, about["num"], args, "drawing", args.steps, args.sampler,
+                                       args.spacing), run.config
+    images = first_images(read_as_is(path), args.num, "num", "samples")
+    # The flags did not draw these; sample.py may have, and left a note.
+    about.update(dict.fromkeys(["sampler", "steps", "spacing", "seed", "raw"]))
+    note = (path.parent if path.name == "samples.npz" else path) / "samples.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        note |= json.loads((beside / "samples.json").read_text())
-    args.about.update(note, num=len(images))
+        about.update(json.loads(note.read_text()))
+    about["num"] = len(images)
     return images.shape[1:], lambda: images, None
 
 
-# ---------- Feature networks: FID's Inception, DINOv2, or any other
-
-
-class Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        if padding is None:
-            padding = [k // 2 if stride == 1 else 0 for k in kernel]
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-POOLS = {
-    "mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
-    "halve": lambda x: F.max_pool2d(x, 3, 2),
-    "max": lambda x: F.max_pool2d(x, 3, 1, 1),
-}
-ACROSS, ALONG, FORK = (1, 7), (7, 1), "1x3 and 3x1, side by side"
-
-
-class Mixed(nn.Module):
-    """Chains of convolutions (width, kernel[, stride]), concatenated; `branch_pool` pools first."""
-
-    def __init__(self, c_in, pool, **chains):
-        super().__init__()
-        self.pool, self.chains, self.width = POOLS[pool], [], 0
-        for name, convs in chains.items():
-            width, layers = c_in, []
-            for i, (c_out, kernel, *stride) in enumerate(convs, 1):
-                key = f"{name}_{i}" if len(convs) > 1 else name
-                fork = {f"{key}a": (1, 3), f"{key}b": (3, 1)}
-                layers.append(fork if kernel == FORK else {key: kernel})
-                for key, kernel in layers[-1].items():
-                    self.add_module(key, Conv(width, c_out, kernel, *stride))
-                width = c_out * len(layers[-1])
-            self.chains.append((name, layers))
-            self.width += width
-
-    def forward(self, x):
-        ends = []
-        for name, layers in self.chains:
-            h = self.pool(x) if name == "branch_pool" else x
-            for keys in layers:
-                h = torch.cat([getattr(self, key)(h) for key in keys], dim=1)
-            ends.append(h)
-        return torch.cat(ends, dim=1)
-
-
-class Inception(nn.Module):
-    """The Inception of 2015 that FID is defined by, its layers named as in the published file.
-
-    uint8 (B, 3, H, W), resized to 299 -> pool3 features (B, 2048), logits without bias (B, 1008).
-    Two quirks are its own: means that do not count the padding, and the maximum in the last block.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
-        self.width = 192
-        for name, c in (("5b", 32), ("5c", 64), ("5d", 64)):
-            self.add(name, "mean", branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                     branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c, 1)])
-        self.add("6a", "halve", branch3x3=[(384, 3, 2)],
-                 branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
-        for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
-            self.add(name, "mean", branch1x1=[(192, 1)],
-                     branch7x7=[(c, 1), (c, ACROSS), (192, ALONG)],
-                     branch7x7dbl=[(c, 1), (c, ALONG), (c, ACROSS), (c, ALONG), (192, ACROSS)],
-                     branch_pool=[(192, 1)])
-        self.add("7a", "halve", branch3x3=[(192, 1), (320, 3, 2)],
-                 branch7x7x3=[(192, 1), (192, ACROSS), (192, ALONG), (192, 3, 2)], branch_pool=[])
-        for name, pool in (("7b", "mean"), ("7c", "max")):
-            self.add(name, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, FORK)],
-                     branch3x3dbl=[(448, 1), (384, 3), (384, FORK)], branch_pool=[(192, 1)])
-        self.fc = nn.Linear(self.width, 1008)
-
-    def add(self, name, pool, **chains):
-        block = Mixed(self.width, pool, **chains)
-        self.add_module(f"Mixed_{name}", block)
-        self.width = block.width
-
-    def forward(self, x):
-        x = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False)
-        x = (2 * x - 1).contiguous(memory_format=torch.channels_last)
-        for name, layer in self.named_children():
-            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
-                x = POOLS["halve"](x)
-            x = layer(x) if name != "fc" else x.mean((2, 3))
-        return x, x @ self.fc.weight.T
-
+# ---------- Feature networks: uint8 (B, 3, H, W) -> features (B, d), and perhaps logits
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
 HASH = "6726825d"
 
 
-def load_inception(path=None):
-    """The published network, or another one's weights under its names: (net, what it is).
+def build_inception():
+    """The Inception of 2015 that FID is defined by, its layers named as in the published file.
 
-    Without `path` torch.hub fetches the file, checked by its hash. A file that bears the published
-    hash in its name must have it; another only has to fit, and is reported by its own.
+    uint8 (B, 3, H, W), resized to 299 -> pool3 features (B, 2048), logits without bias (B, 1008).
+    Two quirks set it apart from torchvision's: means that do not count the padding, and a maximum
+    in the last block.
+    """
+    from torchvision.models import inception as layers  # Here, since importing it takes seconds.
+
+    def mean(x, *window):
+        return F.avg_pool2d(x, *window, count_include_pad=False)
+
+    def pooling(block, pool):
+        class Block(block):
+            def _forward(self, x):
+                return [*super()._forward(x)[:-1], self.branch_pool(pool(x, 3, 1, 1))]
+        return Block
+
+    def last_blocks(c_in):
+        return pooling(layers.InceptionE, F.max_pool2d if c_in == 2048 else mean)(c_in)
+
+    class Inception(layers.Inception3):
+        def forward(self, x):
+            x = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+            x = (2 * x - 1).contiguous(memory_format=torch.channels_last)
+            for layer in list(self.children())[:-2]:  # Without dropout and fc.
+                x = layer(x)
+            return x.flatten(1), x.flatten(1) @ self.fc.weight.T
+
+    return Inception(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=[
+        layers.BasicConv2d, pooling(layers.InceptionA, mean), layers.InceptionB,
+        pooling(layers.InceptionC, mean), layers.InceptionD, last_blocks, layers.InceptionAux])
+
+
+def load_inception(path=None):
+    """The published network, or other weights that fit it: (net, what it is).
+
+    Without `path` torch.hub fetches the file, checked by its hash.
     Raises UserError for no file and no network, a wrong hash, weights that do not fit.
     """
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
-    if path is None and not cached.exists():
-        try:
-            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True)
-        except Exception as error:  # network, disk, hash: all end alike
-            raise UserError(f"no Inception weights ({error}): fetch {INCEPTION} and name it with "
-                            f"--inception, or put it at {cached}; --features random needs none"
-                            ) from error
-    path, net = Path(path or cached), Inception()
+    net, cached = build_inception(), Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # missing, damaged or foreign: all end alike
-        raise UserError(f"--inception {path}: not the weights of the FID Inception "
-                        f"({str(error).splitlines()[0]})") from error
-    known = digest.startswith(HASH)
-    if HASH in path.name and not known:
-        raise UserError(f"{path}: wrong hash {digest[:8]}, the published file has {HASH}")
-    return net, f"Inception {digest[:8]}" + ("" if known else ", NOT the published network")
+        if path is None and not cached.exists():
+            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True)
+        digest = hashlib.sha256((path or cached).read_bytes()).hexdigest()[:8]
+        net.load_state_dict(torch.load(path or cached, map_location="cpu", weights_only=True))
+    except Exception as error:  # Network, disk, hash, a foreign file: all end alike.
+        raise UserError(f"{path or cached}: no weights of the FID Inception "
+                        f"({str(error).splitlines()[0]}): fetch {INCEPTION} and name it with "
+                        "--inception, or use --features random") from error
+    known = digest == HASH
+    return net, f"Inception {digest}" + ("" if known else ", NOT the published network")
 
 
 def random_inception():
     """The untrained network, seeded: He et al.'s initial weights, so that no layer fades."""
-    net, g = Inception(), torch.Generator().manual_seed(0)
+    net, g = build_inception(), torch.Generator().manual_seed(0)
     for p in net.parameters():
         if p.dim() > 1:
             p.data.normal_(0, math.sqrt(2 / p[0].numel()), generator=g)
     return net, "random Inception (seed 0), NOT comparable with published figures"
 
 
-class DINOv2(nn.Module):
-    """ViT-L/14 by torch.hub: uint8 (B, 3, H, W), resized to 224 -> class token (B, 1024)."""
+def load_dinov2(device):
+    """DINOv2's ViT-L/14 by torch.hub: (function: images -> class token (B, 1024), what it is)."""
+    vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", trust_repo=True)
+    vit = vit.to(device).eval()
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
-    def __init__(self):
-        super().__init__()
-        try:
-            self.vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", trust_repo=True)
-        except Exception as error:  # no network, or what the hub's code raises
-            raise UserError(f"--features dinov2: torch.hub could not load it ({error})") from error
-
-    def forward(self, x):
+    def class_token(x):
         x = F.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True)
-        return self.vit(normalize(x.clamp(0, 1), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        return vit((x.clamp(0, 1) - mean) / std)
+
+    return class_token, "DINOv2 ViT-L/14"
 
 
 @torch.no_grad()
-def load_torchscript(path, device, shape):
-    """Any TorchScript module, uint8 (B, 3, H, W) -> features (B, d): (net, what it is).
+def load_features(args, shape, about):
+    """What --features names, as a function for `extract`; the provenance says what it is.
 
-    Tried on one black image of (C, H, W); UserError where it does not bear that.
+    Grey images are repeated to three channels, but for "pixels". It is tried on one black image of
+    `shape` (C, H, W): UserError where it cannot be had or does not bear that.
     """
-    try:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        net = torch.jit.load(path, map_location=device).eval()
-        ends = net(torch.zeros(1, 3, *shape[1:], dtype=torch.uint8, device=device))
-        ends = ends[0] if isinstance(ends, tuple) else ends
-        if ends.dim() != 2:
-            raise ValueError(f"the output is {tuple(ends.shape)}, not (B, d)")
-    except Exception as error:  # missing, no TorchScript, or anything that it raises
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
-        raise UserError(f"--features {path}: neither inception, random, dinov2, pixels nor "
-                        f"TorchScript for {form(shape)} ({reason})") from error
-    return net, f"{Path(path).name} ({digest[:8]}), NOT comparable with published figures"
+    name, device = args.features, args.device
 
-
-def load_features(args, shape):
-    """What --features names, as a function for `extract`: features (B, d), and logits if it can.
-
-    shape: (C, H, W) of the images. Grey images are repeated to three channels, but for "pixels".
-    """
-    nets = {"inception": lambda: first_here(args, lambda: load_inception(args.inception)),
-            "random": random_inception, "pixels": lambda: (nn.Flatten(), "pixels, NOT comparable"),
-            "dinov2": lambda: (first_here(args, DINOv2), "DINOv2 ViT-L/14")}
-    name = args.features
-    net, args.about["features"] = nets.get(name, lambda: load_torchscript(name, args.device,
-                                                                          shape))()
-    net = net.to(args.device, memory_format=torch.channels_last).eval()
-
-    def look(x, index):
+    def features(x, index):
         ends = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
         return ends if isinstance(ends, tuple) else (ends,)
 
-    return look
+    try:
+        if name == "inception":
+            net, label = load_inception(args.inception)
+        elif name == "random":
+            net, label = random_inception()
+        elif name == "dinov2":
+            net, label = load_dinov2(device)
+        elif name == "pixels":
+            net, label = nn.Flatten(), "pixels, NOT comparable"
+        else:
+            digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:8]
+            with warnings.catch_warnings():  # Deprecated; no other format brings its own code.
+                warnings.simplefilter("ignore")
+                net = torch.jit.load(name, map_location=device)
+            label = f"{Path(name).name} ({digest}), NOT comparable with published figures"
+        if isinstance(net, nn.Module):
+            net = net.to(device, memory_format=torch.channels_last).eval()
+        rows = features(torch.zeros(1, *shape, dtype=torch.uint8, device=device), None)[0]
+        if rows.dim() != 2:
+            raise ValueError(f"the output is {tuple(rows.shape)}, not (B, d)")
+    except UserError:
+        raise
+    except Exception as error:  # Missing, no TorchScript, no network, or what the module raises.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        raise UserError(f"--features {name}: neither inception, random, dinov2, pixels nor "
+                        f"TorchScript for {shape[2]}x{shape[1]} pixels ({reason})") from error
+    about["features"] = label
+    return features
 
 
-# ---------- Features (N, d) in blocks of rows
-
-ROWS, COLUMNS = 4096, 8192
-
-
-def mean_of(rows):
-    """Mean (d,) in float64."""
-    return sum(block.double().sum(0) for block in rows.split(ROWS)) / len(rows)
+@contextlib.contextmanager
+def full_precision():
+    """No TF32, which `setup_device` allows for sampling: figures are to equal the reference's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        # `enabled` is False by default here, which would be to do without cuDNN.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True,
+                                                         allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @full_precision()
-def neighbours(x, y, k, prepare, args, title, same=False, radii=None):
-    """The k rows of y with the least |x - y|^2 - radius(y)^2, for each row of x (N, d).
+def extract(images, function, args, title):
+    """What function(uint8 (B, C, H, W), their indices) returns, over all: CPU tensors (N, ...).
 
-    Returns (these values, float64 (N, k), ascending; indices of the rows). radii None: zero.
-    prepare: applied to float rows; centring them keeps the rounding of |y|^2 - 2 x.y small. That
-        only chooses candidates, a few more than k: values are of differences, in float64.
-    same: x is y, and a row is no neighbour of itself; a duplicate of it is one, at distance 0.
+    Raises UserError where a value is not finite.
     """
-    device = args.exact
-    wide = max(1, x.shape[1] // 2048)
-    few, many = max(1, ROWS // wide), max(1, COLUMNS // wide)
-    minus = torch.zeros(len(y)) if radii is None else radii.square()
-    found = []
-    with ticker(title, len(x)) as tick:
-        for i in range(0, len(x), few):
-            a = prepare(x[i:i + few].to(device).float())
-            value = torch.empty(len(a), 0, device=device)
-            index = value.long()
-            for j in range(0, len(y), many):
-                b = prepare(y[j:j + many].to(device).float())
-                row = b.square().sum(1) - minus[j:j + many].to(b)
-                new = torch.addmm(row[None], a, b.T, alpha=-2)
-                if same:
-                    low, high = max(i, j), min(i + len(a), j + len(b))
-                    new[range(low - i, high - i), range(low - j, high - j)] = math.inf
-                new, at = new.topk(min(k + 4, len(b)), largest=False)
-                value, index = torch.cat([value, new], 1), torch.cat([index, at + j], 1)
-            value, at = value.topk(min(k + 4, value.shape[1]), largest=False)
-            index = index.gather(1, at).cpu()
-            part = max(1, 256 // wide)
-            for rows, near, far in zip(*(s.split(part) for s in (a, index, value.isinf()))):
-                b = prepare(y[near.flatten()].to(device).float()).view(*near.shape, -1)
-                exact = (rows[:, None].double() - b.double()).square().sum(-1).cpu() - minus[near]
-                exact, order = exact.masked_fill(far.cpu(), math.inf).sort(dim=1)
-                found.append((exact[:, :k], near.gather(1, order)[:, :k]))
-            tick(i + len(a))
-    values, indices = zip(*found)
-    return torch.cat(values), torch.cat(indices)
+    found = None
+    with ticker(title, len(images)) as tick:
+        for i in range(0, len(images), args.batch_size):
+            index = np.arange(i, min(i + args.batch_size, len(images)))
+            ends = function(torch.from_numpy(images[index]).to(args.device), index)
+            if not all(end.isfinite().all() for end in ends):
+                raise UserError(f"{title}: what the network returns is not finite")
+            found = found or [end.new_empty(len(images), *end.shape[1:], device="cpu")
+                              for end in ends]
+            for whole, end in zip(found, ends):
+                whole[index] = end.cpu()
+            tick(i + len(index))
+    return found
 
 
-# ---------- Sampling, attacked or not
+# ---------- Rows (N, d) of features, a block at a time, in float64
+
+BLOCK = 512
 
 
-def draw(run, args, title, steps, sampler, spacing, hook=None):
-    """args.num images of a run, as sample.py draws them: uint8 (N, C, H, W) on every process.
-
-    hook: function(image indices) -> the `perturb` of `sample`.  args: rank, world, device, seed,
-    num, batch_size.
-    """
-    net, diffusion, config = run
-    shape = model_shape(config)
-    mine = range(args.rank, args.num, args.world)
-    parts = [torch.empty(0, *shape).byte()]
-    with ticker(title, args.num, args.rank == 0) as tick:
-        for first in range(0, len(mine), args.batch_size):
-            batch = mine[first:first + args.batch_size]
-
-            def progress(i, steps):
-                tick((first + len(batch) * i / steps) * args.num / len(mine))
-
-            noise = image_noise(args.seed, batch, shape, args.device)
-            perturb = hook and hook(batch)
-            x = sample(net, diffusion, noise, sampler, steps, spacing, perturb=perturb,
-                       progress=progress)
-            parts.append(to_uint8(x).cpu())
-    return gather(torch.cat(parts), args.num, args.world, args.device).numpy()
-
-
-class NextLook(nn.Module):
-    """What the denoiser will see after the coming step: the mean over `noises` of D(x_prev).
-
-    (x (B, ...), t (B,) of one value) -> (B, ...). after: dict t -> prev, the times that the
-    sampler visits; noises: a draw of the sampler's noise each, kept while an attack ascends.
-    For a step without noise, one look; else len(noises) of them, and a call of the network before.
-    """
-
-    def __init__(self, net, diffusion, after, sampler, noises):
-        super().__init__()
-        self.denoiser = Denoiser(net, diffusion)
-        self.after, self.sampler, self.noises = after, sampler, noises
-
-    def forward(self, x, t):
-        now = t[0].item()
-        prev = self.after[now]
-        eps = self.denoiser.net(x, t)
-        looks = []
-        for noise in self.noises if self.sampler == "ddpm" and prev >= 0 else self.noises[:1]:
-            y = denoise_step(lambda x, t: eps, self.denoiser.diffusion, x, now, prev, self.sampler,
-                             lambda: noise)
-            looks.append(y if prev < 0 else self.denoiser(y, torch.full_like(t, prev)))
-        return sum(looks) / len(looks)
-
-
-def attacker(net, ascent_steps, diffusion, shape, args, norms):
-    """For `draw`: function(image indices) -> the hook that pushes their states while sampling.
-
-    net: whose denoiser to attack.  ascent_steps: 0 for a random push of the same norm.
-    args: seed, steps, spacing, sampler; share of the steps that is attacked, evenly spread; norm
-        and budget as `trajectory_attack`; eot, how many of the sampler's noises to average over.
-    norms: (num,), filled with each image's largest push, in the ball's own norm and units.
-    """
-    path = visits(diffusion.T, args.steps, args.spacing)
-    pushes = max(1, round(args.share * len(path)))
-    pushed = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
-
-    def hook(batch):
-        # streams of their own, so that the sampler's noise is that of the images left alone
-        noise, view = image_noise(args.seed, batch, shape, args.device, ATTACK), None
-        if args.eot and ascent_steps:
-            coming = image_noise(args.seed, batch, shape, args.device, EOT)
-            fixed = [coming() for _ in range(args.eot)]
-            view = NextLook(net, diffusion, dict(path), args.sampler, fixed)
-        push = trajectory_attack(view or Denoiser(net, diffusion), diffusion, pushed, noise,
-                                 args.norm, args.budget, ascent_steps)
-
-        def watched(x, t):
-            y = push(x, t)
-            omega = ((y - x) / diffusion.s[t]).flatten(1)
-            size = omega.abs().amax(1) if args.norm == "linf" else mean_square(omega).sqrt()
-            norms[batch] = torch.maximum(norms[batch], size.cpu())
-            return y
-
-        return watched
-
-    return hook
-
-
-# ---------- Metrics
+def mean_of(rows):
+    """Mean (d,) of rows (N, d)."""
+    return sum(block.double().sum(0) for block in rows.split(BLOCK)) / len(rows)
 
 
 def moments(rows):
-    """Mean (d,) and covariance (d, d), N - 1 in its denominator, of (N, d), in float64."""
+    """Mean (d,) and covariance (d, d), N - 1 in its denominator, of rows (N, d)."""
     mean = mean_of(rows)
-    cov = sum((block.double() - mean).T @ (block.double() - mean) for block in rows.split(ROWS))
-    return mean, cov / (len(rows) - 1)
+    centred = (block.double() - mean for block in rows.split(BLOCK))
+    return mean, sum(block.T @ block for block in centred) / (len(rows) - 1)
+
+
+def nearest(x, y, k, device, title, prepare=lambda rows: rows, same=False, radii=None):
+    """The k rows of y with the least |x - y|, for each row of x: distances, indices, both (N, k).
+
+    prepare: applied to float64 rows first.
+    same: x is y, and a row is no neighbour of itself; a duplicate of it is one, at distance 0.
+    radii: (len(y),), to seek the least |x - y| - radius instead, with k = 1.
+    """
+    device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64.
+
+    def ready(rows):
+        return prepare(rows.to(device).double())
+
+    # Products of centred rows lose less to rounding, and distances do not see the shift.
+    centre, found = ready(y[:BLOCK]).mean(0), []
+    with ticker(title, len(x)) as tick:
+        for i, rows in zip(range(0, len(x), BLOCK), x.split(BLOCK)):
+            a = ready(rows)
+            distance = torch.cat([torch.cdist(a - centre, ready(block) - centre)
+                                  for block in y.split(BLOCK)], dim=1)
+            if same:
+                distance[range(len(a)), range(i, i + len(a))] = math.inf
+            if radii is not None:
+                distance -= radii.to(distance)
+            index = distance.topk(k, largest=False).indices.cpu()
+            # That was |x|^2 + |y|^2 - 2 x.y; the differences to the chosen few are exact.
+            exact = torch.stack([(a - ready(y[column])).norm(dim=1) for column in index.T], dim=1)
+            exact, order = exact.cpu().sort(dim=1)
+            found.append((exact, index.gather(1, order)))
+            tick(i + len(a))
+    return tuple(torch.cat(part) for part in zip(*found))
+
+
+def share_covered(x, y, radii, device, title):
+    """Share of rows x in the ball of some row of y, the edge included (Kynkaanniemi et al. 2019).
+
+    radii: (len(y),), to the 3rd nearest of y's own. Precision: generated rows in the balls of real
+    ones. Recall: the other way round.
+    """
+    distance, index = nearest(x, y, 1, device, title, radii=radii)
+    return (distance <= radii[index] * (1 + 1e-6)).double().mean().item()
+
+
+# ---------- Metrics
 
 
 def frechet(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)): Heusel et al. 2017.
 
     The root's trace is the sum of the roots of the eigenvalues of cov1^(1/2) cov2 cov1^(1/2).
+    What rounding leaves below 0 is 0.
     """
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return max(0.0, distance.item())
 
 
 def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) of each split, in file order: (mean, std over the splits)."""
     scores = []
     for i in range(splits):
-        log_p = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits].double()
-        log_p = log_p.log_softmax(1)
+        part = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits]
+        log_p = part.double().log_softmax(1)
         marginal = log_p.logsumexp(0) - math.log(len(log_p))
         scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
@@ -633,213 +413,277 @@ def kid(fake, real, subsets=100, size=1000, seed=2020):
     return float(np.mean(values)), float(np.std(values))
 
 
-# Wavelet coefficients are counted in bins of 1/4080: those of uint8 images fall on every 16th
-BINS = 4080
-
-
 def haar(x):
-    """|Finest diagonal Haar coefficients| of images (B, C, H, W), a tensor or an array.
+    """|a - b - c + d| of the 2x2 pixels of images (..., H, W), twice the finest Haar detail.
 
-    They are (a - b - c + d) / 2 of 2x2 pixels, the edge of an odd size left out.
+    x: a tensor, or an array of signed numbers. The edge of an odd size is left out.
     """
-    a, b, c, d = (x[..., i:x.shape[-2] // 2 * 2:2, j:x.shape[-1] // 2 * 2:2]
-                  for i in (0, 1) for j in (0, 1))
-    return abs(a - b - c + d) / 2
+    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+    a, b, c, d = (x[..., i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
+    return abs(a - b - c + d)
 
 
-def haar_counts(x):
-    """Histogram, long (8 BINS,), of `haar` of images (B, C, H, W) in [-1, 1], channels alike."""
-    index = (haar(x) * BINS).round().long().clamp(max=8 * BINS - 1)
-    return torch.bincount(index.flatten().cpu(), minlength=8 * BINS)
+MAD = 0.6745  # The median of |N(0, 1)|; Donoho's estimate of the noise's std divides by it.
+PLAIN = ("residual_noise", "pixel_std", "brightness_std", "noise_images")
 
 
-def noise_std(counts):
-    """Donoho's estimate of the noise's std on the [-1, 1] scale: median |coefficient| / 0.6745.
+def plain_figures(images, level=0.3):
+    """What is said of uint8 images (N, C, H, W) without a network, on the [-1, 1] scale: a dict.
 
-    counts: of `haar_counts`, summed over images: one median over all of them.
+    residual_noise: the noise's std by Donoho's estimate, median |Haar detail| / 0.6745, one median
+        over all images; nan below 2x2 pixels.
+    pixel_std: over all values.  brightness_std: over the images, of their means.
+    noise_images: share of images that are mostly noise, their own estimate above `level`: of a few
+        of them the median over all knows nothing.
     """
-    below, n = counts.cumsum(0), counts.sum().item()
-    middle = torch.searchsorted(below, torch.tensor([(n + 1) // 2, n // 2 + 1]))
-    return middle.double().mean().item() / BINS / 0.6745
+    size = max(1, 2**22 // math.prod(images.shape[1:]))
+    values, details, means, medians = np.zeros(256, int), np.zeros(511, int), [], []
+    for i in range(0, len(images), size):
+        block = np.asarray(images[i:i + size])
+        detail = haar(block.astype(np.int16)).reshape(len(block), -1)
+        values += np.bincount(block.ravel(), minlength=256)
+        details += np.bincount(detail.ravel(), minlength=511)
+        means.append(block.mean((1, 2, 3)))
+        medians.append(np.median(detail, 1) if detail.size else np.full(len(block), np.nan))
+    n, grey = details.sum(), np.arange(256)
+    median = np.searchsorted(details.cumsum(), [(n + 1) // 2, n // 2 + 1]).mean() if n else np.nan
+    variance = np.average((grey - np.average(grey, weights=values)) ** 2, weights=values)
+    # A value is 1 / 127.5 of the scale, and a detail half of what `haar` returns.
+    own = np.concatenate(medians) / 255 / MAD
+    found = (median / 255 / MAD, variance**0.5 / 127.5, np.concatenate(means).std() / 127.5,
+             (own > level).mean())
+    return {name: float(value) for name, value in zip(PLAIN, found)}
 
 
-def residual_noise(images):
-    """`noise_std` of uint8 images (N, C, H, W)."""
-    size = max(1, 2**24 // math.prod(images.shape[1:]))
-    return noise_std(sum(haar_counts(torch.from_numpy(images[i:i + size] / np.float32(127.5) - 1))
-                         for i in range(0, len(images), size)))
+def measure_set(images, features, args, about, title, keep=False):
+    """What `figures` needs of a set (N, C, H, W): features, mean, cov, radii, logits, PLAIN.
 
-
-def pixel_std(images):
-    """Standard deviation over all values of uint8 images (N, C, H, W), on the [-1, 1] scale."""
-    counts = sum(np.bincount(images[i:i + 1000].ravel(), minlength=256)
-                 for i in range(0, len(images), 1000))
-    levels = np.arange(256) / 127.5
-    mean = np.average(levels, weights=counts)
-    return math.sqrt(np.average((levels - mean) ** 2, weights=counts))
-
-
-def brightness_std(images):
-    """Standard deviation, over uint8 images (N, C, H, W), of their means, on the [-1, 1] scale."""
-    means = [images[i:i + 1000].mean((1, 2, 3)) for i in range(0, len(images), 1000)]
-    return float(np.concatenate(means).std()) / 127.5
-
-
-def noise_images(images, level=0.3):
-    """Share of uint8 images (N, C, H, W) that are mostly noise: their own `noise_std` > level.
-
-    `residual_noise`, a median over all images, does not see a few of them.
-    """
-    medians = [np.median(haar(images[i:i + 1000] / 127.5), axis=(1, 2, 3))
-               for i in range(0, len(images), 1000)]
-    return float((np.concatenate(medians) > 0.6745 * level).mean())
-
-
-# What is said of each set without a network: by JSON key
-PLAIN = {"residual_noise": residual_noise, "pixel_std": pixel_std,
-         "brightness_std": brightness_std, "noise_images": noise_images}
-
-
-def describe(images, look, args, title, keep=False):
-    """What the figures need of a set (N, C, H, W): a dict of tensors, on the first process alone.
-
-    look: of `load_features`.  keep: cache it, keyed by the images' content and the network.
+    features: of `load_features`.  keep: cache it (but for the logits), keyed by the images' content
+    and the network.
     """
     digest = hashlib.sha256(repr(images.shape).encode())
     for i in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[i:i + 1000]))
-    args.about.setdefault("sha256", {})[title] = digest.hexdigest()[:16]
-    digest.update(f"{args.about['features']}, {', '.join(PLAIN)}".encode())
+    about.setdefault("sha256", {})[title] = digest.hexdigest()[:16]
+    digest.update(f"{about['features']}, {', '.join(PLAIN)}".encode())
     path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
-    # the first process decides for all
-    found = torch.tensor([keep and path.exists()])
-    found = gather(found, args.world, args.world, args.device)[0]
-    if keep and not found and args.rank == 0:
-        check_writable(path)
-    rows, *logits = (None,) if found else extract(images, look, args, title)
-    if args.rank:
-        return {}
-    if found:
-        try:
-            with np.load(path) as file:
-                return {name: torch.from_numpy(file[name]) for name in file}
-        except Exception as error:  # a damaged file may raise anything
-            raise UserError(f"{path} is damaged: delete it, and it is made anew") from error
-    mean, cov = moments(rows)
-    centred = functools.partial(torch.sub, other=mean.float().to(args.exact))
-    nearest = neighbours(rows, rows, 3, centred, args, f"{title}: radii", same=True)[0]
-    stats = {"features": rows, "mean": mean, "cov": cov, "radii": nearest[:, -1].sqrt(),
-             **{name: torch.tensor(of(images), dtype=torch.float64) for name, of in PLAIN.items()}}
     if keep:
-        write_atomically(path, lambda temporary: save_npz(temporary, **stats))
-    return {**stats, "logits": logits[0] if logits else None}
+        with contextlib.suppress(Exception), np.load(path) as file:  # Missing or damaged: anew.
+            return {name: torch.from_numpy(file[name]) for name in file}
+        check_writable(path)
+    rows, *logits = extract(images, features, args, title)
+    mean, cov = moments(rows)
+    near = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)[0]
+    found = {"features": rows, "mean": mean, "cov": cov, "radii": near[:, -1]}
+    found |= {name: torch.tensor(value, dtype=torch.float64)
+              for name, value in plain_figures(images).items()}
+    if keep:
+        write_atomically(path, lambda temporary: save_npz(temporary, **found))
+    return {**found, "logits": logits[0] if logits else None}
 
 
-def inside(some, others, args, title):
-    """Share of `some` rows inside a ball of `others`, edge included (Kynkaanniemi et al. 2019).
-
-    A ball reaches to the 3rd nearest of its own set. Precision: of generated rows in the balls of
-    real ones. Recall: the other way round.
-    """
-    centred = functools.partial(torch.sub, other=others["mean"].float().to(args.exact))
-    margin, at = neighbours(some["features"], others["features"], 1, centred, args, title,
-                            radii=others["radii"])
-    return (margin <= 1e-6 * others["radii"][at].square()).double().mean().item()
-
-
-def figures(fake, real, args):
-    """Quality of a described set against another: a dict by JSON key, {} but on the first process.
+def figures(fake, real, device):
+    """Quality of one measured set against another: a dict by JSON key.
 
     fid, is_mean, is_std (None without logits), kid_mean, kid_std, precision, recall, and PLAIN's
     of both sets.
     """
-    if args.rank:
-        return {}
-    few, d = min(len(fake["features"]), len(real["features"])), fake["features"].shape[1]
-    args.about["kid_subset"] = min(few, 1000)
-    if few <= d and "warning" not in args.about:
-        args.about["warning"] = f"N = {few} for {d} features: rank-deficient, FID biased upwards"
-        print(f"warning: {args.about['warning']}", file=sys.stderr)
-    kid_mean, kid_std = kid(fake["features"], real["features"])
+    x, y = fake["features"], real["features"]
+    kid_mean, kid_std = kid(x, y)
     is_mean, is_std = (None, None) if fake["logits"] is None else inception_score(fake["logits"])
     return {
         "fid": frechet(fake["mean"], fake["cov"], real["mean"], real["cov"]),
         "is_mean": is_mean, "is_std": is_std, "kid_mean": kid_mean, "kid_std": kid_std,
-        "precision": inside(fake, real, args, "precision"),
-        "recall": inside(real, fake, args, "recall"),
-        **{f"{name}{end}": of[name].item()
-           for name in PLAIN for end, of in (("", fake), ("_reference", real))},
-    }
+        "precision": share_covered(x, y, real["radii"], device, "precision"),
+        "recall": share_covered(y, x, fake["radii"], device, "recall"),
+        **{name: fake[name].item() for name in PLAIN},
+        **{f"{name}_reference": real[name].item() for name in PLAIN}}
 
 
-def scorer(args, shape, config=None):
-    """--reference described once: function (images, title) -> their `figures` against it.
-
-    It keeps the first images of each set for --png.
-    """
-    images = open_reference(args.reference, args, shape, config)
+def quality_scorer(args, shape, about, config=None):
+    """Measure --reference once: function (images, title) -> their `figures` against it."""
+    images = load_reference(args.reference, shape, args, about, config)
+    images = first_images(images, args.reference_num, "reference_num", "reference")
+    about["reference_num"] = len(images)
     if args.features == "pixels" and math.prod(shape) > 8192:
         raise UserError(f"--features pixels: {math.prod(shape)} values an image, at most 8192 have "
                         "a covariance to compute with")
-    look = load_features(args, shape)
-    real = describe(images, look, args, "reference", keep=True)
+    features = load_features(args, shape, about)
+    real = measure_set(images, features, args, about, "reference", keep=True)
 
     def score(images, title):
-        args.strips.append(np.array(images[:16]))  # a copy: a view would keep them all
-        return figures(describe(images, look, args, title), real, args)
+        fake = measure_set(images, features, args, about, title)
+        n, d = min(len(fake["features"]), len(real["features"])), real["features"].shape[1]
+        about["kid_subset"] = min(n, 1000)
+        if n <= d and "warning" not in about:
+            about["warning"] = f"N = {n} for {d} features: rank-deficient, FID biased upwards"
+            print(f"warning: {about['warning']}", file=sys.stderr)
+        return figures(fake, real, args.device)
 
     return score
 
 
-# ---------- Commands: (args) -> rows of the table
+# ---------- Sampling, attacked or not
 
 
-def quality(args):
-    """FID, IS, KID, precision, recall of images, or of a run; residual noise, pixel std, the std of
-    the images' brightness, the share of images that are noise, of both sets."""
-    shape, load, config = open_samples(args)
-    score = scorer(args, shape, config)
-    return [score(load(), "samples")]
+def draw(run, num, args, title, steps, sampler, spacing, hook=None):
+    """`num` images of a run as sample.py draws them: uint8 (num, C, H, W); see `draw_images`."""
+    images = np.empty((num, *run.shape), np.uint8)
+    for index, part in draw_images(run.net, run.diffusion, run.shape, range(num), args.seed,
+                                   sampler, steps, spacing, args.batch_size, args.device, title,
+                                   hook):
+        images[index] = part
+    return images
 
 
-def few_steps(args):
+def next_view(net, diffusion, path, sampler, noises):
+    """What the denoiser will see after the coming step: a view (x, t) -> (B, ...) to attack.
+
+    It is the mean of D(x_prev) over `noises`, each a draw of the sampler's noise that is kept while
+    an attack ascends. A step without noise needs one of them.  path: of `visits`.
+    """
+    after = dict(path)
+
+    def view(x, t):
+        now, prev = t[0].item(), after[t[0].item()]
+        output = net(x, t)  # Once for all noises; what it means is for `denoise_step` to say.
+        seen = []
+        for noise in noises if sampler == "ddpm" and prev >= 0 else noises[:1]:
+            y = denoise_step(lambda *_: output, diffusion, x, now, prev, sampler, lambda: noise)
+            seen.append(y if prev < 0 else denoise(net, diffusion, y, torch.full_like(t, prev)))
+        return sum(seen) / len(seen)
+
+    return view
+
+
+def attacker(net, attack_steps, run, args, norms):
+    """For `draw`: function (image indices) -> the hook that pushes their states while sampling.
+
+    net: whose denoiser to attack.  attack_steps: of PGD; 0 for a random push of the same norm.
+    args: seed, steps, spacing, sampler; share of the steps that is attacked, evenly spread; norm
+        and budget as `trajectory_attack`; eot, how many of the sampler's noises to average over.
+    norms: (num,), filled with each image's largest push, in the ball's own norm and units.
+    """
+    diffusion, path = run.diffusion, visits(run.diffusion.T, args.steps, args.spacing)
+    pushes = max(1, round(args.share * len(path)))
+    chosen = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
+
+    def hook(batch):
+        # Streams of their own, so that the sampler's noise is that of the images left alone.
+        start, coming = (image_noise(args.seed, batch, run.shape, args.device, use)
+                         for use in (ATTACK, EOT))
+
+        def view(x, t):
+            return denoise(net, diffusion, x, t)
+
+        if args.eot and attack_steps:
+            noises = [coming() for _ in range(args.eot)]
+            view = next_view(net, diffusion, path, args.sampler, noises)
+        push = trajectory_attack(view, diffusion, chosen, start, args.norm, args.budget,
+                                 attack_steps)
+
+        def measured(x, t):
+            y = push(x, t)
+            omega = ((y - x) / diffusion.s[t]).flatten(1)
+            size = omega.abs().amax(1) if args.norm == "linf" else mean_square(omega).sqrt()
+            norms[batch] = torch.maximum(norms[batch], size.cpu())
+            return y
+
+        return measured
+
+    return hook
+
+
+def overfit(net, diffusion, x0, cfg):
+    """The alarm of one-step attacks (Wong et al. 2020): J after 10 steps of PGD and after cfg's.
+
+    {t: (J_pgd10, J_train)} for five t from nearly clean to nearly noise, on x0 (B, C, H, W): means
+    over the batch of |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2, from the same x_t, radii
+    and random start, the same at every call. A growing ratio says that training has learnt to
+    deceive its own step.  net: as `load_run` returns it.  Reseeds torch.
+    """
+    found = {}
+
+    def view(x, t):
+        return predict_eps(net, diffusion, x, t)
+
+    for now in (int(share * diffusion.T) for share in (0.02, 0.1, 0.25, 0.5, 0.8)):
+        torch.manual_seed(seed_for(FIXED_BATCH, now))
+        t = torch.full((len(x0),), now, device=x0.device)
+        x_t = diffusion.diffuse(x0, t, torch.randn_like(x0))
+        _, s = diffusion.at(t, x_t)
+        r, _ = radius_and_weight(s, cfg)
+        start = random_omega(r, x_t)
+        with torch.no_grad():
+            clean = view(x_t, t)
+            omegas = (pgd(view, start, x_t, s, t, r, clean, cfg.ascent_norm, 10),
+                      ascend(view, start, x_t, s, t, r, clean, cfg))
+            found[now] = tuple(mean_square(view(x_t + s * omega, t) - clean).mean().item()
+                               for omega in omegas)
+    return found
+
+
+# ---------- Commands: (args, about), the provenance to add to -> rows of the table
+
+
+def quality(args, about):
+    """FID, IS, KID, precision and recall of images, or of a run.
+
+    Besides, of both sets: residual noise, the std of the pixels and of the images' brightness, the
+    share of images that are mostly noise.
+    """
+    shape, load, config = load_samples(args, about)
+    score = quality_scorer(args, shape, about, config)
+    images = load()
+    save_sheet({"samples": images[:16]}, args.png)
+    return [score(images, "samples")]
+
+
+def few_steps(args, about):
     """The quality figures for each number of sampling steps, sampler and spacing."""
-    run = open_run(args.run, args, *args.steps)
-    score, rows = scorer(args, model_shape(run[2]), run[2]), []
+    run = open_run(args.run, args, about, *args.steps)
+    score, rows, strips = quality_scorer(args, run.shape, about, run.config), [], {}
     for sampler, spacing, steps in itertools.product(args.sampler, args.spacing, args.steps):
         title = f"{sampler} {spacing} {steps}"
-        row = score(draw(run, args, title, steps, sampler, spacing), title)
-        rows.append({"sampler": sampler, "spacing": spacing, "steps": steps, **row})
+        images = draw(run, args.num, args, title, steps, sampler, spacing)
+        strips[title] = images[:16].copy()
+        rows.append({"sampler": sampler, "spacing": spacing, "steps": steps,
+                     **score(images, title)})
+    save_sheet(strips, args.png)
     return rows
 
 
-def attack(args):
+def attack(args, about):
     """The quality figures of images whose sampling is attacked, the state x moved to x + s_t omega.
 
     Beside them the same seeds left alone, and pushed at random by the same norm. mse: to the images
     left alone, on the [-1, 1] scale. norm_min, norm_max: of the images' largest omegas.
     """
-    run = open_run(args.run, args, args.steps)
-    shape, rows = model_shape(run[2]), []
-    attacks = {"none": None, "random": (run[0], 0), "white box": (run[0], args.attack_steps)}
+    run = open_run(args.run, args, about, args.steps)
+    attacks = {"none": None, "random": (run.net, 0), "white box": (run.net, args.attack_steps)}
     if args.surrogate:
-        net, _, config, args.about["surrogate"] = load_run(args.surrogate, args.device, args.raw)
-        same_kind(args.surrogate, model_shape(config), args.run, shape)
-        attacks["transfer"] = (net, args.attack_steps)
-    score = scorer(args, shape, run[2])
+        about["surrogate"] = {}
+        other = open_run(args.surrogate, args, about["surrogate"])
+        for key in ("in_channels", "image_size", "T", "schedule"):
+            if other.config[key] != run.config[key]:
+                raise UserError(f"{args.surrogate}: its {key} is {other.config[key]}, that of "
+                                f"{args.run} is {run.config[key]}")
+        attacks["transfer"] = (other.net, args.attack_steps)
+    score, rows, strips = quality_scorer(args, run.shape, about, run.config), [], {}
     for name, how in attacks.items():
         norms = torch.zeros(args.num)
-        hook = how and attacker(*how, run[1], shape, args, norms)
-        images = draw(run, args, name, args.steps, args.sampler, args.spacing, hook)
-        norms = gather(norms[args.rank::args.world], args.num, args.world, args.device)
+        hook = how and attacker(*how, run, args, norms)
+        images = draw(run, args.num, args, name, args.steps, args.sampler, args.spacing, hook)
+        strips[name] = images[:16].copy()
         clean = images if how is None else clean
         mse = np.mean([np.mean((a / 127.5 - b / 127.5) ** 2) for a, b in zip(images, clean)])
         rows.append({"attack": name, **score(images, name), "mse": mse.item(),
                      "norm_min": norms.min().item(), "norm_max": norms.max().item()})
+    save_sheet(strips, args.png)
     return rows
 
 
-def memorization(args):
+def memorization(args, about):
     """Whether samples are copies: the nearest and second nearest training image, d1 and d2 away.
 
     copied: the share with d1 < d2 / 3. similar: median, 95 % and 99 % quantile of the cosine
@@ -847,42 +691,38 @@ def memorization(args):
     above .9, .95, .99. Beside it held-out images, the curve of an honest model, and the samples
     blurred, since smoothness alone changes similarity. Exact duplicates in training count once.
     """
-    shape, load, config = open_samples(args)
-    reach = math.ceil(3 * args.blur)
-    if reach >= shape[-1]:
-        raise UserError(f"--blur {args.blur}: too wide for images of {shape[-1]} pixels a side")
-    train = open_reference(args.reference, args, shape, config)
+    shape, load, config = load_samples(args, about)
+    train = load_reference(args.reference, shape, args, about, config)
     if config and args.reference in (None, config["dataset"]):
-        train = some_of(train, config["limit"], config["seed"])
-        args.about["reference_num"] = len(train)
-    held = args.holdout and open_reference(args.holdout, args, shape, config, "test", "holdout")
-    look = load_features(args, shape)
-    images = load()
-
-    def blurred(x, index):
-        return look(gaussian_blur(x, 2 * reach + 1, args.blur), index)
+        train = limit_images(train, config["limit"], config["seed"])
+    train = first_images(train, args.reference_num, "reference_num", "reference")
+    about["reference_num"] = len(train)
+    sets = dict.fromkeys(["samples", "blurred"])
+    if args.holdout is not None:
+        sets["held out"] = load_reference(args.holdout, shape, args, about, config, "holdout",
+                                          "test")
+    features = load_features(args, shape, about)
+    sets["samples"] = images = load()
+    sets["blurred"] = np.concatenate([
+        gaussian_filter(images[i:i + 1000].astype(np.float32), (0, 0, args.blur, args.blur))
+        .round().astype(np.uint8) for i in range(0, len(images), 1000)])
 
     _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
-    once.sort()
-    args.about["duplicates_left_out"] = len(train) - len(once)
-    base = extract(train, look, args, "training set", once)[0]
-    sets = {"samples": (images, look), "blurred": (images, blurred)}
-    sets |= {"held out": (held, look)} if args.holdout else {}
-    sets = {name: extract(*some, args, name)[0] for name, some in sets.items()}
-    if args.rank:
-        return []
-    pixels, rows = args.features == "pixels", []
-    mean = mean_of(base).float().to(args.exact)
+    once = np.sort(first_images(once, None, "", "different training images"))
+    about["duplicates_left_out"] = len(train) - len(once)
+    train = train if len(once) == len(train) else train[once]
+    base = extract(train, features, args, "training set")[0]
+    pixels, mean, rows = args.features == "pixels", mean_of(base), []
 
-    def centred(x):
-        return (x - mean) / (127.5 if pixels else 1)
+    def direction(block):
+        return F.normalize(block - mean.to(block) if pixels else block)
 
     for name, some in sets.items():
-        squares, near = neighbours(some, base, 2, centred, args, name)
-        d1, d2 = squares.sqrt().T
-        turn = neighbours(some, base, 1, lambda x: F.normalize(centred(x) if pixels else x), args,
-                          f"{name}: cosine")[0]
-        cosine = 1 - turn[:, 0] / 2
+        found = extract(some, features, args, name)[0]
+        near, index = nearest(found, base, 2, args.device, name)
+        d1, d2 = near.T / (127.5 if pixels else 1)
+        turn, _ = nearest(found, base, 1, args.device, f"{name}: cosine", direction)
+        cosine = 1 - turn[:, 0].square() / 2
         rows.append({
             "set": name, "n": len(some), "copied": (d1 < d2 / 3).double().mean().item(),
             "d1": d1.median().item(), "d1/d2": (d1 / d2).nanmedian().item(),
@@ -890,215 +730,233 @@ def memorization(args):
             **{f"> {p}": (cosine > p).double().mean().item() for p in (0.9, 0.95, 0.99)}})
         if name == "samples":
             closest = (d1 / d2).nan_to_num(1).argsort()[:32].numpy()
-            pairs = np.stack([images[closest], train[once[near[closest, 0].numpy()]]], axis=1)
+            pairs = np.stack([images[closest], train[index[closest, 0].numpy()]], axis=1)
     save_grid(pairs.reshape(-1, *shape), args.png)
     print(f"{args.png}: pairs of a sample and its nearest training image, least d1 / d2 first")
     return rows
 
 
-def denoise(args):
+def denoising(args, about):
     """Held-out images plus Gaussian noise, denoised from the time step of nearest s / sqrt(a).
 
     One-shot: D(x_t). Ancestral: DDPM steps from t down. psnr: dB, peak 2, the mean over images;
     residual: `residual_noise`, std on the [-1, 1] scale.
     """
-    net, diffusion, config = open_run(args.run, args)
-    shape, rows = model_shape(config), []
-    images = open_reference(args.reference, args, shape, config, split="test")
-    images = take(images, args.num or min(1000, len(images)), "num", "held-out images")
-    args.about["num"] = len(images)
+    net, diffusion, config, shape, _ = open_run(args.run, args, about)
+    images = load_reference(args.reference, shape, args, about, config, split="test")
+    num = args.num or max(10, min(1000, len(images)))
+    images = first_images(images, num, "num", "held-out images")
+    about["num"], rows = len(images), []
     levels = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()
     for std in args.noise_std:
         t = (levels - std).abs().argmin().item()
-        counts = torch.zeros(3, 8 * BINS, dtype=torch.long)
 
-        def look(batch, index):
+        def denoised(batch, index):
             clean = batch.float() / 127.5 - 1
             noisy = clean + std * image_noise(args.seed, index, shape, args.device, ATTACK)()
             x = diffusion.sqrt_a[t] * noisy
-            batch_t = torch.full((len(x),), t, device=x.device)
-            once = diffusion.x0_from_eps(x, batch_t, net(x, batch_t))
+            once = denoise(net, diffusion, x, torch.full((len(x),), t, device=x.device))
             noise = image_noise(args.seed, index, shape, args.device)
             for now in range(t, -1, -1):
                 x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
             ends = [noisy, once.clamp(-1, 1), x.clamp(-1, 1)]
-            counts.add_(torch.stack([haar_counts(end) for end in ends]))
-            # an exact image, such as a black one, counts as 100 dB
-            return [-10 * (mean_square(end - clean) / 4).clamp(min=1e-10).log10() for end in ends]
+            # An exact image, such as a black one, counts as 100 dB.
+            errors = [(mean_square(end - clean) / 4).clamp(min=1e-10) for end in ends]
+            return [-10 * error.log10() for error in errors] + [haar(end) for end in ends]
 
-        psnrs = extract(images, look, args, f"noise {std}")
-        # a process beyond the last image has looked at one that is not its own
-        parts = gather(counts[None], args.world, args.world, args.device)[:len(images)]
-        row = {"noise_std": std, "t": t, "clean residual": residual_noise(images)}
-        for name, psnr, part in zip(("input", "one-shot", "ancestral"), psnrs, parts.sum(0)):
-            row |= {f"{name} psnr": psnr.mean().item(), f"{name} residual": noise_std(part)}
+        found = extract(images, denoised, args, f"noise {std}")
+        row = {"t": t, "noise_std": std, "clean residual": plain_figures(images)["residual_noise"]}
+        for name, psnr, detail in zip(("input", "one-shot", "ancestral"), found[:3], found[3:]):
+            row |= {f"{name} psnr": psnr.mean().item(),
+                    f"{name} residual": float(np.median(detail)) / 2 / MAD}
         rows.append(row)
     return rows
 
 
-def alarm(args):
-    """J under 10 ascent steps over J under the training step, at five time steps, raw weights.
+def overfitting(args, about):
+    """J under 10 steps of PGD over J under the training step, at five time steps, raw weights.
 
-    On the first --num training images as training saw them, see `train.overfit`.
+    A row for each checkpoint, `ratio` the largest of its five. On the first --num training images
+    as training saw them, see `overfit`.
     """
-    net, diffusion, config = open_run(args.run, args)
-    images = open_reference(None, args, model_shape(config), config)
-    images = some_of(images, config["limit"], config["seed"])
-    index = np.arange(min(args.num, len(images)))
-    args.about["num"] = len(index)
-    kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"], config["seed"])
-    x0 = training_images(images, index, kinds, config["noise_std"], config["seed"])
-    # what a run older than a field did is the field's default
-    fields = [key for key in Perturbation.__dataclass_fields__ if key in config]
-    cfg = Perturbation(**{key: config[key] for key in fields})
-    times = alarm_times(diffusion.T)
-    found = overfit(net, diffusion, x0.to(args.device), times, cfg)
-    return [{"t": t, "J_pgd10": pgd, "J_train": own, "ratio": pgd / own if own else None}
-            for t, (pgd, own) in zip(times, found)]
+    rows, about["checkpoints"] = [], []
+    for path in args.run:
+        net, diffusion, config, shape, origin = open_run(path, args, {})
+        images = load_reference(None, shape, args, about, config)
+        images = limit_images(images, config["limit"], config["seed"])
+        index = np.arange(min(args.num, len(images)))
+        kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"],
+                                  config["seed"])
+        x0 = training_images(images, index, kinds, config["noise_std"], config["seed"])
+        cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
+        found = overfit(net, diffusion, x0.to(args.device), cfg)
+        ratios = {f"t = {t}": after / own if own else None for t, (after, own) in found.items()}
+        about["checkpoints"].append(origin)
+        rows.append({"checkpoint": str(path), "step": origin["step"],
+                     "ratio": max(filter(None, ratios.values()), default=None), **ratios,
+                     "J_pgd10": [after for after, _ in found.values()],
+                     "J_train": [own for _, own in found.values()]})
+    about.update(weights="raw", num=len(index))
+    return rows
 
 
-# ---------- Command line
-
-positive, whole, ten = number(float, 1e-9), number(int, 1), number(int, 10)
+# ---------- Tables, sheets, the command line
 
 
-def png(text):
+def save_sheet(strips, path):
+    """Write a PNG: a row of images, uint8 (n, C, H, W), for each of `strips`, named on the left."""
+    if path is None:
+        return
+    save_grid(np.concatenate(list(strips.values())), path, len(next(iter(strips.values()))))
+    grid, font = Image.open(path).convert("RGB"), ImageFont.load_default()
+    margin = 8 + math.ceil(max(font.getlength(name) for name in strips))
+    sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    sheet.paste(grid, (margin, 0))
+    for row, name in enumerate(strips):
+        middle = (row + 0.5) * grid.height / len(strips)
+        ImageDraw.Draw(sheet).text((4, middle - 6), name, "black", font)
+    sheet.save(path)
+
+
+def print_table(rows, width=100):
+    """Print rows (dicts of the same keys) in columns; what is too wide comes below, labelled again.
+
+    Lists are for the JSON alone. The reference's own figures, the same in each row, come once.
+    """
+    def text(value):
+        return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+    columns, labels, parts, own = {}, [], [], []
+    for key, first in rows[0].items():
+        cells = [key, *(text(row[key]) for row in rows)]
+        columns[key] = [cell.rjust(2 + max(map(len, cells))) for cell in cells]
+        if key.endswith("_reference"):
+            own.append(f"{key.removesuffix('_reference')} {text(first)}")
+        elif isinstance(first, (str, int)):
+            labels.append(key)
+        elif not isinstance(first, list):
+            if not parts or sum(len(columns[name][0]) for name in [*parts[-1], key]) > width:
+                parts.append([*labels])
+            parts[-1].append(key)
+    for part in parts:
+        print(*map("".join, zip(*(columns[key] for key in part))), "", sep="\n")
+    if own:
+        print("reference:", ", ".join(own))
+
+
+def png_path(text):
     """An argparse type: the path of a PNG."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
     return Path(text)
 
 
-def listed(kind, *choices):
-    """An argparse type: values with commas between, each parsed by `kind`, or one of `choices`."""
-
-    def parse(text):
-        values = [kind(part) for part in text.split(",")]
-        if choices and not set(values) <= set(choices):
-            raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(choices)}")
-        return values
-
-    return parse
-
-
-# name: (default, type, list of choices or None for a switch, help)
-FLAGS = {
-    "reference": (None, str, "a data set of train.py, a folder, zip, or npz; None: the run's own"),
-    "holdout": (None, str, "held-out images, likewise; of a data set the test split"),
-    "data_dir": (None, str, "folder or zip of the data set; None: the run's, or data/NAME"),
-    "cache_dir": (None, str, f"for statistics and decoded images; None: {CACHE}; for a data set "
-                             "the run's, or beside it"),
-    "reference_num": (None, ten, "only the first so many images of it; None: all"),
-    "features": ("inception", str, "inception; random: untrained, offline, not comparable; dinov2; "
-                                   "pixels; or FILE.pt, TorchScript uint8 NCHW -> (B, d)"),
-    "inception": (None, str, "file of the Inception's weights; None: fetched by torch.hub"),
-    "num": (None, ten, "images to draw, or take; None: 50000 to draw, all to take"),
-    "sampler": ("ddim", ["ddim", "ddpm"], "ddim: deterministic; ddpm: ancestral"),
-    "steps": (100, whole, "network calls per image"),
-    "spacing": ("respaced", ["respaced", "naive"], "naive: one-step updates at "
-                 "strided time steps; leaves noise"),
-    "seed": (0, number(int, 0), "seed of image 0, 1, ..."),
-    "raw": (False, None, "raw weights instead of the EMA"),
-    "norm": ("l2", ["l2", "linf"], "l2 or linf, the attack's ball"),
-    "budget": (0.1, positive, "its radius in units of s_t, a root mean square or largest element"),
-    "attack_steps": (5, whole, "ascent steps"),
-    "share": (0.5, number(float, 1e-9, 1), "of the sampling steps that is attacked, evenly spread"),
-    "eot": (1, number(int, 0), "attack D after the next step, clipping included, in the mean over "
-                               "so many noises of ddpm; 0: D now, which overlooks the clipping"),
-    "surrogate": (None, str, "second run, to attack through as well (transfer)"),
-    "blur": (1.0, positive, "std of the blurred control, in pixels"),
-    "png": (None, png, "PNG with a row of the first 16 images for each row of the table"),
-    "noise_std": ([0.1, 0.2], listed(positive), "std of the noise on the [-1, 1] scale"),
-    "batch_size": (50, whole, "images at a time, per process; does not change the figures"),
-    "device": ("auto", str, "cpu, cuda, cuda:1, mps"),
-    "json": (None, Path, "file for the figures and their provenance"),
-}
-DRAW = ["num", "sampler", "steps", "spacing", "seed", "raw"]
-QUALITY = ["reference", "data_dir", "cache_dir", "reference_num", "features", "inception", *DRAW,
-           "batch_size", "png"]
-MACHINE = ["device", "json"]
-# name: (function, its subject, flags, flags that are otherwise here)
-COMMANDS = {
-    "quality": (quality, "samples", QUALITY, {}),
-    "memorization": (memorization, "samples", [*QUALITY, "holdout", "blur"], {
-        "features": ("pixels", *FLAGS["features"][1:]),
-        "png": (Path("out/memorization.png"), png, "PNG of the closest pairs")}),
-    "attack": (attack, "run", [*QUALITY, "norm", "budget", "attack_steps", "share", "eot",
-                               "surrogate"], {"num": (5000, ten, "images to draw")}),
-    "steps": (few_steps, "run", QUALITY, {
-        "num": (5000, ten, "images to draw"),
-        "steps": ([1000, 500, 300, 100, 50, 20, 10], listed(whole), "network calls per image"),
-        "sampler": (["ddpm", "ddim"], listed(str, "ddpm", "ddim"), "of ddpm, ddim"),
-        "spacing": (["respaced"], listed(str, "respaced", "naive"),
-                    "of respaced, naive; naive leaves noise")}),
-    "denoise": (denoise, "run", ["reference", "data_dir", "cache_dir", "num", "seed", "raw",
-                                 "noise_std", "batch_size"],
-                {"num": (None, ten, "held-out images; None: 1000, or all")}),
-    "overfit": (alarm, "run", ["data_dir", "cache_dir", "num"],
-                {"num": (16, whole, "training images")}),
-}
-
-
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive, whole, ten = number(float, 1e-9), number(int, 1), number(int, 10)
+    p = Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (function, subject, flags, special) in COMMANDS.items():
-        text = " ".join(function.__doc__.split())
-        q = commands.add_parser(name, help=text.split(". ")[0], description=text)
-        # for a command without these flags; those that it has set their own
-        q.set_defaults(about=["command", subject, *flags], reference_num=None, png=None,
-                       raw=name == "overfit")
-        q.add_argument(subject, help="run folder of train.py, or a checkpoint file" + (
-            "; or images: folder, zip or npz" if subject == "samples" else ""))
-        for flag in [*flags, *MACHINE]:
-            default, kind, text = special.get(flag, FLAGS[flag])
-            shown = ",".join(map(str, default)) if isinstance(default, list) else default
-            options = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-            options = options | {"metavar": ""} if kind else {"action": "store_true"}
-            text += f" ({shown})" if kind and default is not None else ""
-            q.add_argument(f"--{flag}", default=default, help=text, **options)
-    args = p.parse_args(argv)
-    for name, value in vars(args).items():
-        if value == "":
-            raise UserError(f"{name} is empty")
-    return args
+
+    machine = Parser(add_help=False)
+    flag = machine.add_argument
+    flag("--data_dir", type=a_path, help="folder, zip or npz of the data set; else the run's")
+    flag("--cache_dir", type=a_path, help=f"for statistics and decoded images; else {CACHE}")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
+    flag("--json", type=a_path, help="file for the figures and their provenance")
+
+    images = Parser(add_help=False)
+    flag = images.add_argument
+    flag("--reference", help="a data set of train.py, a folder, zip or npz; else the run's own")
+    flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
+    flag("--raw", action="store_true", help="raw weights instead of the EMA")
+    flag("--batch_size", type=whole, default=50, help="images at a time; it changes no figure")
+
+    measuring = Parser(add_help=False)
+    flag = measuring.add_argument
+    flag("--reference_num", type=ten, help="only so many images of the reference; else all")
+    flag("--inception", type=a_path, help="file of the Inception's weights; else torch.hub's")
+
+    sampling = Parser(add_help=False)
+    flag = sampling.add_argument
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
+    flag("--steps", type=whole, default=100, help="network calls an image")
+    flag("--spacing", choices=["respaced", "naive"], default="respaced",
+         help="naive: one-step updates at strided time steps, which leave noise")
+
+    def command(function, name, subject, *parents, num=None, features=None, png=None):
+        text = inspect.cleandoc(function.__doc__)
+        q = commands.add_parser(name, help=text.split(".")[0], description=text,
+                                parents=[*parents, machine])
+        q.set_defaults(function=function)
+        q.add_argument(subject, type=a_path, nargs="+" if name == "overfit" else None,
+                       help="run folder or checkpoint file of train.py" + (
+                           ", or images: folder, zip, npz" if subject == "samples" else ""))
+        most = "" if num else "; else 50000 of a run, 1000 to denoise, all of a folder"
+        q.add_argument("--num", type=whole if name == "overfit" else ten, default=num,
+                       help=f"how many images{most}")
+        if features:
+            q.add_argument("--features", default=features,
+                           help="inception; random: untrained, offline, not comparable; dinov2; "
+                                "pixels; or FILE.pt, TorchScript uint8 NCHW -> (B, d)")
+            q.add_argument("--png", type=png_path, default=png, help="file for a picture")
+        return q.add_argument
+
+    command(quality, "quality", "samples", images, sampling, measuring, features="inception")
+
+    flag = command(memorization, "memorization", "samples", images, sampling, measuring,
+                   features="pixels", png=Path("out/memorization.png"))
+    flag("--holdout", help="held-out images, as --reference; of a data set the test split")
+    flag("--blur", type=positive, default=1.0, help="std of the blurred control, in pixels")
+
+    flag = command(attack, "attack", "run", images, sampling, measuring, num=5000,
+                   features="inception")
+    flag("--norm", choices=["l2", "linf"], default="l2", help="the attack's ball")
+    flag("--budget", type=positive, default=0.1,
+         help="its radius in units of s_t, a root mean square or largest element")
+    flag("--attack_steps", type=whole, default=10, help="steps of PGD, a quarter radius each")
+    flag("--share", type=number(float, 1e-9, 1), default=0.5, help="of the steps, attacked")
+    flag("--eot", type=number(int, 0), default=1,
+         help="attack D after the next step, clipping included, in the mean over so many noises of "
+              "ddpm; 0: D now, which overlooks the clipping")
+    flag("--surrogate", type=a_path, help="second run, to attack through as well (transfer)")
+
+    flag = command(few_steps, "steps", "run", images, measuring, num=5000, features="inception")
+    flag("--steps", type=comma_list(whole), default=[1000, 500, 300, 100, 50, 20, 10],
+         help="network calls an image")
+    flag("--sampler", type=comma_list(str, "ddpm", "ddim"), default=["ddpm", "ddim"],
+         help="of ddpm, ddim")
+    flag("--spacing", type=comma_list(str, "respaced", "naive"), default=["respaced"],
+         help="of respaced, naive")
+
+    flag = command(denoising, "denoise", "run", images)
+    flag("--noise_std", type=comma_list(positive), default=[0.1, 0.2],
+         help="std of the noise on the [-1, 1] scale")
+
+    command(overfitting, "overfit", "run", num=16)
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
-    # a TorchScript file is what the user asks for, deprecated or not
-    warnings.filterwarnings("ignore", ".*torch.jit.load")
     args = parse_args(argv)
-    args.rank, args.local, args.world, args.device = setup(args.device)
-    args.exact = torch.device("cpu") if args.device.type == "mps" else args.device  # has float64
-    args.about = {name: getattr(args, name) for name in args.about}
-    if args.rank == 0:
-        print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
-        for path in filter(None, (args.json, args.png)):
-            check_writable(path)
-    if args.world > 1:
-        start_group(args.device)
-    args.strips = []
-    rows = COMMANDS[args.command][0](args)
-    if args.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if args.rank:
-        return
-    cells = [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in row]
-             for row in (rows[0], *(row.values() for row in rows))]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
-    print("; ".join(f"{key} {value}" for key, value in args.about.items() if value is not None))
-    if args.png and args.strips:
-        save_grid(np.concatenate(args.strips), args.png, len(args.strips[0]))
+    args.raw = getattr(args, "raw", True)  # The alarm is of the weights that are trained.
+    about = {key: value for key, value in vars(args).items()
+             if key not in ("function", "device", "json")}
+    _, _, world, args.device = setup_device(args.device)
+    if world > 1:
+        raise UserError("evaluate.py runs in one process; `torchrun sample.py` draws on several")
+    print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
+    for path in filter(None, (args.json, getattr(args, "png", None))):
+        check_writable(path)
+    rows = [{key: None if isinstance(value, float) and not math.isfinite(value) else value
+             for key, value in row.items()} for row in args.function(args, about)]
+    print_table(rows)
+    text = "; ".join(f"{key} {value}" for key, value in about.items()
+                     if value is not None and not isinstance(value, (list, dict)))
+    print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
     if args.json:
-        data = {**(rows[0] if args.command == "quality" else {"rows": rows}),
-                "provenance": args.about}
-        text = json.dumps(data, indent=2, default=str) + "\n"
-        write_atomically(args.json, lambda temporary: temporary.write_text(text))
+        flat = rows[0] if args.command == "quality" else {"rows": rows}
+        write_json(args.json, {**flat, "provenance": about})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ a = alpha_bar_t, s = sqrt(1 - a), squares are means over the elements of a sampl
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ class Diffusion:
         return sqrt_a * x0 + s * eps
 
     def x0_from_eps(self, x_t, t, eps):
-        """The denoiser D(x_t) = (x_t - s eps) / sqrt(a)."""
+        """The clean image that eps implies: (x_t - s eps) / sqrt(a)."""
         sqrt_a, s = self.at(t, x_t)
         return (x_t - s * eps) / sqrt_a
 
@@ -60,6 +62,29 @@ class Diffusion:
         """eps = (x_t - sqrt(a) x0) / s, the inverse of `x0_from_eps`."""
         sqrt_a, s = self.at(t, x_t)
         return (x_t - sqrt_a * x0) / s
+
+
+def stratified_t(n, T, device="cpu"):
+    """A batch's time steps, t_i = floor((i + u_i) / n T), u_i ~ U[0, 1): int64 (n,), ascending.
+
+    One step from each n-th part of the T: uniform for an image, since batches are shuffled, and of
+    low variance for the batch (Kingma et al. 2021). Every m-th of them is such a batch again.
+    """
+    u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    return (u * T).long().clamp(max=T - 1)
+
+
+def predict_eps(net, diffusion, x_t, t):
+    """The predicted noise, (B, ...): the one place that says what the network's output means.
+
+    For a network that predicts v = sqrt(a) eps - s x0 it is sqrt(a) net(x_t, t) + s x_t.
+    """
+    return net(x_t, t)
+
+
+def denoise(net, diffusion, x_t, t):
+    """The denoiser D(x_t) = (x_t - s eps_theta(x_t, t)) / sqrt(a), (B, ...)."""
+    return diffusion.x0_from_eps(x_t, t, predict_eps(net, diffusion, x_t, t))
 
 
 # ---------- The perturbation: how far, and with what weight
@@ -77,9 +102,9 @@ class Perturbation:
     ascent_norm: "linf", sign steps inside the box (paper); "l2", omega along the gradient.
     ascent_step: size of a sign step in units of r. 1.25 is RS-FGSM's (Wong et al. 2020).
     detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
-    reg_share: of the batch that is regularised, in (0, 1]; its mean stands for the whole.
-    reg_low: take that share from the smallest t of the batch, or of the part of it that a process
-        computes at a time; each keeps its weight in the batch, the rest is left to dsm (ours).
+    reg_t: only t < reg_t T are regularised, at the weight that they have in the batch (ours;
+        paper: 1). Below 1 it needs t as `stratified_t` draws them.
+    reg_share: a random share of those is, in (0, 1], and stands for all of them (ours; paper: 1).
     """
 
     reading: str = "sigma"
@@ -91,8 +116,8 @@ class Perturbation:
     ascent_norm: str = "linf"
     ascent_step: float = 1.25
     detach_target: bool = False
+    reg_t: float = 1.0
     reg_share: float = 1.0
-    reg_low: bool = False
 
 
 def radius_sigma(s, beta, lam, rho):
@@ -120,8 +145,8 @@ def radius_and_weight(s, cfg):
     1 / std of a uniform perturbation.
     """
     radius, widest = READINGS[cfg.reading]
-    beta_max = widest if cfg.beta_max is None else cfg.beta_max
-    beta = cfg.beta_min + (beta_max - cfg.beta_min) * torch.rand_like(s)
+    highest = widest if cfg.beta_max is None else cfg.beta_max
+    beta = cfg.beta_min + (highest - cfg.beta_min) * torch.rand_like(s)
     return radius(s, beta, cfg.lam, cfg.rho)
 
 
@@ -160,60 +185,77 @@ def random_omega(r, like):
     return r * (2 * torch.rand_like(like) - 1)
 
 
-def ascend(omega, net, x_t, s, t, r, clean, cfg, again=lambda: None):
-    """Adversarial omega: ascend J = |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2.
+def ascent_gradient(view, omega, x, s, t, clean):
+    """Gradient in omega (B, ...) of J = |view(x + s omega, t) - clean|^2, summed over the batch."""
+    omega = omega.detach().requires_grad_(True)
+    with torch.enable_grad():
+        # A sum in float32: a mean's gradient underflows in float16.
+        J = (view(x + s * omega, t) - clean.detach()).float().square().sum()
+        return torch.autograd.grad(J, omega)[0].nan_to_num(0.0)
 
-    omega: the start, U[-r, r], (B, ...): J's gradient is exactly zero at omega = 0.
+
+def along(grad, r):
+    """The gradient's direction at a corner's length, |.| = r sqrt(d), d elements a sample.
+
+    It is zero where the gradient is zero or overflows.
+    """
+    length = grad.flatten(1).norm(dim=1).view_as(r)
+    return r * math.sqrt(grad[0].numel()) * grad / length.clamp(min=1e-30)
+
+
+def ascend(view, omega, x_t, s, t, r, clean, cfg, again=lambda: None):
+    """Training's omega: ascend J = |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2.
+
     linf: omega <- clip(omega + 1.25 r sign(grad J), -r, r).
     l2:   omega <- r sqrt(d) grad J / |grad J|, d elements a sample: a corner's mean square.
     Where the gradient is zero (a fresh network) or overflows, omega stays as it was.
 
-    net: called on detached parameters, so no weight gradient is computed.
-    clean: eps_theta(x_t, t), (B, ...).  again: called before the network, to repeat its dropout.
+    view: function (x, t) -> (B, ...), such as a network on frozen weights.
+    omega: the start, U[-r, r], (B, ...): J's gradient is exactly zero at omega = 0.
+    clean: view(x_t, t), (B, ...).  again: called before the network, to repeat its dropout.
     """
-    net, clean = frozen(net), clean.detach()
     for _ in range(cfg.ascent_steps):
-        omega.requires_grad_(True)
         again()
-        with torch.enable_grad():
-            # a sum, in float32: a mean's gradient underflows in float16
-            J = (net(x_t + s * omega, t) - clean).float().square().sum()
-            (grad,) = torch.autograd.grad(J, omega)
-        omega = omega.detach()
+        grad = ascent_gradient(view, omega, x_t, s, t, clean)
         if cfg.ascent_norm == "linf":
-            step = cfg.ascent_step * r * grad.nan_to_num(0.0).sign()
+            step = cfg.ascent_step * r * grad.sign()
             omega = torch.minimum(torch.maximum(omega + step, -r), r)
         else:
-            norm = grad.flatten(1).norm(dim=1).view_as(r)
-            length = r * math.sqrt(grad[0].numel())
-            usable = (norm > 0) & norm.isfinite()
-            omega = torch.where(usable, length * grad / norm, omega)
+            step = along(grad, r)
+            omega = torch.where(mean_square(step).view_as(r) > 0, step, omega)
     return omega
 
 
-# ---------- Attacks on the sampling trajectory
+# ---------- Attacks
 
 
-class Denoiser(nn.Module):
-    """net as (x_t, t) -> D(x_t) (B, ...): what `ascend` moves on it is the denoised estimate."""
+def pgd(view, omega, x, s, t, r, clean, norm, steps):
+    """Projected gradient ascent on J = |view(x + s omega, t) - clean|^2 (Madry et al. 2018).
 
-    def __init__(self, net, diffusion):
-        super().__init__()
-        self.net, self.diffusion = net, diffusion
+    linf: omega <- clip(omega + r/4 sign(grad J), -r, r).
+    l2:   omega <- omega + r/4 sqrt(d) grad J / |grad J|, scaled back to |omega| <= r sqrt(d).
+    Arguments as of `ascend`; returns omega (B, ...).
+    """
+    for _ in range(steps):
+        grad = ascent_gradient(view, omega, x, s, t, clean)
+        if norm == "linf":
+            omega = torch.minimum(torch.maximum(omega + r / 4 * grad.sign(), -r), r)
+        else:
+            omega = omega + along(grad, r / 4)
+            size = mean_square(omega).sqrt().view_as(r)
+            omega = omega * (r / size.clamp(min=1e-30)).clamp(max=1)
+    return omega
 
-    def forward(self, x, t):
-        return self.diffusion.x0_from_eps(x, t, self.net(x, t))
 
-
-def trajectory_attack(view, diffusion, chosen, noise, norm="l2", budget=0.5, steps=5):
+def trajectory_attack(view, diffusion, chosen, noise, norm="l2", budget=0.5, steps=10):
     """The hook of `sample.sample` that pushes the state, x <- x + s_t omega, at the times `chosen`.
 
-    view: module (x (B, ...), t (B,)) -> what the attack should change most, such as `Denoiser`.
+    view: function (x (B, ...), t (B,)) -> what the attack should change most, such as `denoise`;
+        its weights should require no gradient.
     noise: function without arguments -> standard normals of x's shape, for the random start.
     norm, budget: |omega| <= budget per element ("linf"), or <= budget sqrt(d) a sample ("l2").
-    steps: ascent steps; 0 for the control, a random push of just that norm.
+    steps: of `pgd`; 0 for the control, a random push of just that norm.
     """
-    cfg = Perturbation(ascent_norm=norm, ascent_steps=steps)
 
     @torch.no_grad()
     def perturb(x, t):
@@ -224,12 +266,12 @@ def trajectory_attack(view, diffusion, chosen, noise, norm="l2", budget=0.5, ste
         r = torch.full_like(s, budget)
         omega = noise()
         if norm == "linf":
-            # a corner of the box, or U[-r, r] to ascend from: some corners are local maxima
+            # A corner of the box, or U[-r, r] to ascend from: some corners are local maxima.
             omega = r * (torch.erf(omega / math.sqrt(2)) if steps else omega.sign())
         else:
             omega = r * omega / mean_square(omega).sqrt().view_as(r)
         if steps:
-            omega = ascend(omega, view, x, s, t, r, view(x, t), cfg)
+            omega = pgd(view, omega, x, s, t, r, view(x, t), norm, steps)
         return x + s * omega
 
     return perturb
@@ -240,7 +282,8 @@ def trajectory_attack(view, diffusion, chosen, noise, norm="l2", budget=0.5, ste
 
 def dsm(net, diffusion, x0, t, eps, cfg=None):
     """Denoising score matching: |eps_theta(x_t, t) - eps|^2."""
-    loss = mean_square(net(diffusion.diffuse(x0, t, eps), t) - eps).mean()
+    x_t = diffusion.diffuse(x0, t, eps)
+    loss = mean_square(predict_eps(net, diffusion, x_t, t) - eps).mean()
     return loss, {"dsm": loss.detach()}
 
 
@@ -250,54 +293,82 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     adversarial: omega from `ascend`, else random.
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
-    if cfg.reg_low:
-        order = t.argsort()
+    low = math.ceil(cfg.reg_t * len(t) - 1e-6)  # t ascends: the first hold all below reg_t T.
+    k = max(1, round(cfg.reg_share * low))
+    if k < low:
+        order = torch.arange(len(t), device=t.device)
+        order[:low] = torch.randperm(low, device=t.device)
         x0, t, eps = x0[order], t[order], eps[order]
     x_t = diffusion.diffuse(x0, t, eps)
-    k = max(1, round(cfg.reg_share * len(x0)))  # batches are shuffled: their head is a random share
     x, times = x_t[:k], t[:k]
     _, s = diffusion.at(times, x)
     r, lam_t = radius_and_weight(s, cfg)
     omega = random_omega(r, x)
 
     again = repeat_randomness(x.device)
-    clean = net(x, times)
+    clean = predict_eps(net, diffusion, x, times)
     if adversarial:
-        omega = ascend(omega, net, x, s, times, r, clean, cfg, again)
+        weights = frozen(net)
+        omega = ascend(lambda x, t: predict_eps(weights, diffusion, x, t), omega, x, s, times, r,
+                       clean, cfg, again)
     again()
-    moved = net(x + s * omega, times)
+    moved = predict_eps(net, diffusion, x + s * omega, times)
 
     target = clean.detach() if cfg.detach_target else clean
     residual = mean_square(moved - target - omega if equivariant else moved - target)
     fit = mean_square(clean - eps[:k])
-    if k < len(x0):
-        fit = torch.cat([fit, mean_square(net(x_t[k:], t[k:]) - eps[k:])])
-    fit, reg = fit.mean(), lam_t.flatten() * residual
-    reg = reg.sum() / len(x0) if cfg.reg_low else reg.mean()
+    if k < len(t):
+        fit = torch.cat([fit, mean_square(predict_eps(net, diffusion, x_t[k:], t[k:]) - eps[k:])])
+    weight = lam_t.flatten() * (times < cfg.reg_t * diffusion.T)
+    fit, reg = fit.mean(), (weight * residual).sum() / k * low / len(t)
     figures = {"dsm": fit, "reg": reg, "residual": residual.mean(), "omega": omega.abs().mean()}
     return fit + reg, {name: value.detach() for name, value in figures.items()}
 
 
-def random(net, diffusion, x0, t, eps, cfg):
-    """Random equivariance: omega ~ U[-r, r]."""
-    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=False, equivariant=True)
+class Mode(NamedTuple):
+    """An objective, and the compute of its training step in forward-units, a function of cfg.
+
+    A unit is one forward of the batch. A backward is two; of omega's gradient alone it is one.
+    """
+
+    loss: Callable
+    units: Callable
 
 
-def adv(net, diffusion, x0, t, eps, cfg):
-    """Adversarial equivariance, the paper's method: omega moves the prediction most."""
-    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=True, equivariant=True)
+def random_units(cfg):
+    """dsm's 3, and one forward and backward more of what is regularised."""
+    return 3 + 3 * cfg.reg_t * cfg.reg_share
 
 
-def invariant(net, diffusion, x0, t, eps, cfg):
-    """A classifier's adversarial training, |eps_theta(x_t + s omega) - eps_theta(x_t)|^2: fails."""
-    return regularised(net, diffusion, x0, t, eps, cfg, adversarial=True, equivariant=False)
+def ascent_units(cfg):
+    """As `random_units`, and a forward and half a backward for each step of the ascent."""
+    return 3 + (3 + 2 * cfg.ascent_steps) * cfg.reg_t * cfg.reg_share
 
 
-MODES = {"dsm": dsm, "random": random, "adv": adv, "invariant": invariant}
+# random: omega ~ U[-r, r].  adv: the paper's method.  invariant: what a classifier does; it fails.
+MODES = {
+    "dsm": Mode(dsm, lambda cfg: 3),
+    "random": Mode(partial(regularised, adversarial=False, equivariant=True), random_units),
+    "adv": Mode(partial(regularised, adversarial=True, equivariant=True), ascent_units),
+    "invariant": Mode(partial(regularised, adversarial=True, equivariant=False), ascent_units),
+}
 
 
 def forward_units(mode, cfg):
-    """Compute of a training step in forwards of its batch; a backward is two, omega's alone one."""
-    if mode == "dsm":
-        return 3
-    return 3 + cfg.reg_share * (3 + (0 if mode == "random" else 2 * cfg.ascent_steps))
+    """Compute of a training step in forwards of its batch, see `Mode`."""
+    return MODES[mode].units(cfg)
+
+
+class Objective(nn.Module):
+    """The whole loss as one forward call, which is what DistributedDataParallel supports.
+
+    x0 (B, C, H, W), t (B,), eps (B, C, H, W) -> (loss, dict of detached figures).
+    """
+
+    def __init__(self, net, diffusion, mode, perturbation):
+        super().__init__()
+        self.net, self.diffusion, self.perturbation = net, diffusion, perturbation
+        self.loss = MODES[mode].loss
+
+    def forward(self, x0, t, eps):
+        return self.loss(self.net, self.diffusion, x0, t, eps, self.perturbation)

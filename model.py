@@ -1,29 +1,14 @@
-"""The DDPM U-Net (Ho et al. 2020) and the half of a checkpoint that rebuilds it."""
+"""The DDPM U-Net (Ho et al. 2020), and its weights: reading the checkpoints of train.py.
+
+Whatever does not fit raises ValueError; the scripts turn it into a line for the user.
+"""
 
 import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, exit status 2, no traceback."""
-
-
-def run_cli(main):
-    """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
 
 # ---------- Network
 
@@ -36,7 +21,7 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def init(layer, gain=1.0):
+def xavier_init(layer, gain=1.0):
     """Uniform of variance gain^2 / mean(fan in, fan out), bias 0: DDPM's initialisation."""
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -49,7 +34,7 @@ NEAR_ZERO = 1e-5
 
 def conv3x3(c_in, c_out, gain=1.0, stride=1):
     """3x3 convolution; the strided one expects its input padded, see `Downsample`."""
-    return init(nn.Conv2d(c_in, c_out, 3, stride, padding=1 if stride == 1 else 0), gain)
+    return xavier_init(nn.Conv2d(c_in, c_out, 3, stride, padding=1 if stride == 1 else 0), gain)
 
 
 class ResBlock(nn.Module):
@@ -59,11 +44,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = conv3x3(c_in, c_out)
-        self.emb = init(nn.Linear(emb, c_out))
+        self.emb = xavier_init(nn.Linear(emb, c_out))
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.dropout = dropout
         self.conv2 = conv3x3(c_out, c_out, NEAR_ZERO)
-        self.skip = nn.Identity() if c_in == c_out else init(nn.Conv2d(c_in, c_out, 1))
+        self.skip = nn.Identity() if c_in == c_out else xavier_init(nn.Conv2d(c_in, c_out, 1))
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -78,9 +63,9 @@ class Attention(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        # sqrt(2): q, k and v are one layer here but keep the fan-out of three
-        self.qkv = init(nn.Conv2d(channels, 3 * channels, 1), math.sqrt(2))
-        self.out = init(nn.Conv2d(channels, channels, 1), NEAR_ZERO)
+        # q, k and v are one layer here; sqrt(2) keeps the variance that three layers would have.
+        self.qkv = xavier_init(nn.Conv2d(channels, 3 * channels, 1), math.sqrt(2))
+        self.out = xavier_init(nn.Conv2d(channels, channels, 1), NEAR_ZERO)
 
     def forward(self, x):
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
@@ -121,33 +106,32 @@ class UNet(nn.Module):
     dropout: probability, inside the residual blocks, in [0, 1).
 
     forward: x (B, in_channels, H, W), t int64 (B,) -> float32 of x's shape.
-    Raises UserError on a size, attention or width that does not fit.
+    Raises ValueError on a size, attention or width that does not fit.
     """
 
-    def __init__(self, image_size=32, in_channels=3, channels=128, mult=(1, 2, 2, 2), blocks=2,
-                 attention=(16,), dropout=0.1):
+    def __init__(self, image_size, in_channels, channels, mult, blocks, attention, dropout=0.0):
         super().__init__()
         if not mult:
-            raise UserError("mult is empty: a network has at least one level")
+            raise ValueError("mult is empty: a network has at least one level")
         sizes = [image_size // 2**i for i in range(len(mult))]
         self.factor = 2 ** (len(mult) - 1)
         if image_size < self.factor or image_size % self.factor:
-            raise UserError(f"image_size {image_size} is not a multiple of {self.factor}: "
+            raise ValueError(f"image_size {image_size} is not a multiple of {self.factor}: "
                             f"{len(mult)} levels halve it {len(mult) - 1} times")
         if not set(attention) <= set(sizes):
-            raise UserError(f"attention at {','.join(map(str, attention))} pixels: "
+            raise ValueError(f"attention at {','.join(map(str, attention))} pixels: "
                             f"this network's resolutions are {','.join(map(str, sizes))}")
         if in_channels not in (1, 3):
-            raise UserError(f"in_channels {in_channels}: images have 1 (grey) or 3 (RGB)")
+            raise ValueError(f"in_channels {in_channels}: images have 1 (grey) or 3 (RGB)")
         if channels < 4 or channels % 2:
-            raise UserError(f"channels {channels}: the width is an even number, 4 or more")
+            raise ValueError(f"channels {channels}: the width is an even number, 4 or more")
 
-        # 32 groups as published; narrow nets keep at least 4 channels in each
+        # The published networks have 32 groups; a narrow one keeps at least 4 channels in each.
         groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
         emb = 4 * channels
         self.channels = channels
-        self.emb1 = init(nn.Linear(channels, emb))
-        self.emb2 = init(nn.Linear(emb, emb))
+        self.emb1 = xavier_init(nn.Linear(channels, emb))
+        self.emb2 = xavier_init(nn.Linear(emb, emb))
 
         def block(c_in, c_out, size=None):
             layers = nn.ModuleList([ResBlock(c_in, c_out, emb, groups, dropout)])
@@ -206,45 +190,54 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
-# ---------- Checkpoint
-
+# The settings that make a network: the same names in the flags of train.py and in a checkpoint.
 UNET_KEYS = ("image_size", "in_channels", "channels", "mult", "blocks", "attention", "dropout")
 
 
-def read_checkpoint(path):
-    """The checkpoint at `path` (file, or run folder holding ckpt.pt), as train.py wrote it.
+def build_network(config):
+    """A fresh network from its settings (a dict with UNET_KEYS): the one place that builds one.
 
-    Loaded to the CPU with weights_only=True, so a file with code in it is refused, not run.
-    Raises UserError when it is missing, truncated or not one of ours.
+    Raises ValueError where a setting is missing or does not fit.
+    """
+    missing = [key for key in UNET_KEYS if key not in config]
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}")
+    try:
+        return UNet(**{key: config[key] for key in UNET_KEYS})
+    except TypeError as error:
+        raise ValueError(f"the config's values are not those of a network ({error})") from error
+
+
+# ---------- Checkpoint
+
+
+def read_checkpoint(path):
+    """The checkpoint at `path` (a file, or a run folder that holds ckpt.pt), as train.py wrote it.
+
+    It is loaded to the CPU with weights_only=True: code in a file is refused, not run.
+    Returns a dict: model, ema, optimizer, scaler (state dicts), step (int), config (dict).
+    Raises ValueError when it is missing, truncated or foreign.
     """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        raise ValueError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"{path} is not a checkpoint of train.py: truncated, foreign, or with code "
-                        "in it (not run)") from error
+    except Exception as error:  # A damaged file may raise anything.
+        raise ValueError(f"{path} is not a checkpoint of train.py: truncated, foreign, or with "
+                         "code in it (not run)") from error
     wanted = {"model", "ema", "optimizer", "scaler", "step", "config"}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {sorted(wanted)}")
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {sorted(wanted)}")
+    if not isinstance(checkpoint["config"], dict):
+        raise ValueError(f"{path} is not a checkpoint of train.py: its config is no dict")
     return checkpoint
 
 
-def load_model(path, device="cpu", ema=True):
-    """Rebuild a network from its checkpoint alone.
-
-    path: run folder or checkpoint file.  ema: the averaged weights, else the raw ones.
-    Returns (net in eval mode on `device`, its config dict, the step it was saved at).
-    Raises UserError as `read_checkpoint`, or when the weights do not fit the config.
-    """
-    checkpoint = read_checkpoint(path)
-    config = checkpoint["config"]
+def load_weights(net, state, path):
+    """Put a state dict into the network; ValueError, naming the file, where they do not fit."""
     try:
-        net = UNet(**{key: config[key] for key in UNET_KEYS})
-        net.load_state_dict(checkpoint["ema" if ema else "model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: its weights do not fit its config") from error
-    net = net.to(device, memory_format=torch.channels_last)
-    return net.eval().requires_grad_(False), config, checkpoint["step"]
+        net.load_state_dict(state)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its weights do not fit its config") from error

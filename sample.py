@@ -11,22 +11,281 @@ started again, draws the missing images only.
 import argparse
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
+import platform
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torchvision.utils import make_grid
+from torch import nn
 
-from losses import Diffusion
-from model import UserError, load_model, run_cli
+from losses import Diffusion, denoise
+from model import build_network, load_weights, read_checkpoint
+
+# ---------- Plumbing that every script shares: mistakes, flags, devices, progress, files, seeds
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, exit status 2, no traceback."""
+
+
+# What a machine may refuse at any time: a full disk, one that may not be written to, a long name.
+MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENAMETOOLONG,
+                  errno.EACCES, errno.EPIPE)
+
+
+def run_cli(main):
+    """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = error
+    except OSError as error:
+        if error.errno not in MACHINE_FAULTS:
+            raise
+        message = f"{error.filename or 'writing'}: {error.strerror}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def user_errors(*kinds, prefix=""):
+    """Turn exceptions of these kinds into a `UserError` that begins with `prefix`."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{prefix}{reason}") from error
+
+
+def number(kind, low, high=None, open_high=False):
+    """An argparse type: an int or float within [low, high], or [low, high) if open_high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        above = high is not None and (value >= high if open_high else value > high)
+        if not value >= low or above or value == float("inf"):
+            upper = "" if high is None else f" and {'below' if open_high else 'at most'} {high}"
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {low}{upper}")
+        return value
+
+    return parse
+
+
+def comma_list(kind, *choices):
+    """An argparse type: values with commas between, each parsed by `kind`, or one of `choices`."""
+
+    def parse(text):
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+        if choices and not set(values) <= set(choices):
+            raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(choices)}")
+        return values
+
+    return parse
+
+
+def a_path(text):
+    """An argparse type: a path, which may not be empty (that would be the current folder)."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of a flag with its default, where it has one."""
+
+    def _get_help_string(self, action):
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return action.help + ("" if hidden or not action.option_strings else " (%(default)s)")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage of forty flags before them."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | options)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} -h)")
+
+
+def setup_device(device="auto"):
+    """(rank, local rank, world size, torch.device) of this process, alone or under torchrun.
+
+    device: "auto" takes CUDA, then MPS, then the CPU.  Raises UserError if it is not there.
+    On a CPU under Linux the process keeps memory that it frees, for its next step.
+    """
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and world == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    elif sys.platform == "linux":
+        # glibc hands the activations' memory back every step: the page faults cost adv 5 %.
+        # Before 2.35 it takes no threshold above 32 MiB.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return rank, local, world, device
+
+
+def start_group(device):
+    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere.
+
+    A day's patience: one process decodes a data set, or draws pictures, while the others wait.
+    """
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+
+
+def duration(seconds):
+    """Seconds -> "1:02:03"."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+def tell(text, end="\n"):
+    """Print at once; where a terminal or pipe has closed, from then on nothing is shown."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def ticker(title, total, lead=True):
+    """A line of progress with a rate and an ETA: call what it yields with how many are done."""
+    start = shown = time.time()
+
+    def tick(done):
+        nonlocal shown
+        now = time.time()
+        if lead and now - (start if done >= total else shown) > 2:
+            shown = now
+            rate = done / (now - start)
+            tell(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
+                 f"{duration((total - done) / rate)}   ", end="")
+
+    try:
+        yield tick
+    finally:
+        if shown > start:
+            tell("")
+
+
+HOST = platform.node().replace(".", "_")
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files of processes of this machine that are no more."""
+    for path in folder.glob(f".*.{HOST}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError):
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass  # It lives, and is another user's.
+
+
+def write_atomically(path, save):
+    """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there."""
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, data):
+    """Write JSON, whole or not at all."""
+    text = json.dumps(data, indent=2, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def check_writable(path):
+    """Make a file's folder; UserError, before the work, if the file cannot be written."""
+    with user_errors(OSError, prefix=f"cannot write {path}: "):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
+def to_uint8(x):
+    """[-1, 1] float (..., ) -> uint8 0..255, rounded and clamped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, path, columns=8):
+    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG; small ones are enlarged."""
+    images = np.asarray(images)
+    scale = max(1, 48 // images.shape[-1])
+    n, channels, height, width = (len(images), images.shape[1],
+                                  *(scale * side for side in images.shape[2:]))
+    columns = min(columns, n)
+    sheet = np.full((-(-n // columns) * (height + 2) + 2, columns * (width + 2) + 2, channels), 255,
+                    np.uint8)
+    for k, image in enumerate(images):
+        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
+        tile = image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1)
+        sheet[top:top + height, left:left + width] = tile
+    Image.fromarray(sheet.squeeze()).save(path)
+
+
+# The first word of every seed, so that no two uses of randomness share a stream.
+INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH, EOT, LIMIT = \
+    range(1, 13)
+
+
+def seed_for(*numbers):
+    """Hash non-negative integers, the first of them one of the above, into a 63-bit seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def image_noise(seed, indices, shape, device, use=IMAGE):
+    """Noise for `sample`: a generator of its own for each image, seeded by (use, seed, index).
+
+    Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
+    arguments -> (len(indices), *shape) on `device`.
+    """
+    generators = [torch.Generator().manual_seed(seed_for(use, seed, int(k))) for k in indices]
+
+    def draw():
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    return draw
+
 
 # ---------- Samplers
 
@@ -58,7 +317,7 @@ def denoise_step(net, diffusion, x, t, prev, sampler, noise, clip=True):
     a = diffusion.alpha_bar[t].item()
     a_prev = diffusion.alpha_bar[prev].item() if prev >= 0 else 1.0
     batch_t = torch.full((len(x),), t, device=x.device)
-    x0 = diffusion.x0_from_eps(x, batch_t, net(x, batch_t))
+    x0 = denoise(net, diffusion, x, batch_t)
     if clip:
         x0 = x0.clamp(-1, 1)
 
@@ -94,225 +353,107 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     return x
 
 
-# The first word of every seed, so that no two uses of randomness share a stream
-INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH, EOT, LIMIT = \
-    range(1, 13)
+def draw_images(net, diffusion, shape, indices, seed=0, sampler="ddim", steps=100,
+                spacing="respaced", batch_size=64, device="cpu", title="images", hook=None,
+                lead=True):
+    """Draw the images of these indices, a batch at a time: yields (indices, uint8 (B, C, H, W)).
 
-
-def mix(*numbers):
-    """Hash non-negative integers, the first of them one of the above, into a 63-bit seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def image_noise(seed, indices, shape, device, use=IMAGE):
-    """Noise for `sample`: a generator of its own for each image, seeded by (use, seed, index).
-
-    Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
-    arguments -> (len(indices), *shape) on `device`.
+    hook: function(indices of a batch) -> the `perturb` of `sample`.  lead: show the progress.
+    Raises UserError where an image is not finite.
     """
-    generators = [torch.Generator().manual_seed(mix(use, seed, k)) for k in indices]
-
-    def draw():
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-    return draw
-
-
-# ---------- Pictures
-
-
-def to_uint8(x):
-    """[-1, 1] float (..., ) -> uint8 0..255, rounded and clamped."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    with ticker(title, len(indices), lead) as tick:
+        for first in range(0, len(indices), batch_size):
+            batch = indices[first:first + batch_size]
+            x = sample(net, diffusion, image_noise(seed, batch, shape, device), sampler, steps,
+                       spacing, perturb=hook and hook(batch),
+                       progress=lambda i, n: tick(first + len(batch) * i / n))
+            if not x.isfinite().all():
+                raise UserError(f"{title}: an image is not finite; the weights may have exploded")
+            yield batch, to_uint8(x).cpu().numpy()
 
 
-def save_grid(images, path, columns=8):
-    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG; small ones are enlarged."""
-    images = torch.as_tensor(images)
-    scale = max(1, 48 // images.shape[-1])
-    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+# ---------- A trained model
 
 
-# ---------- Processes, shared by every script
+class Run(NamedTuple):
+    """A trained model to draw from, in eval mode, its weights without gradients."""
+
+    net: nn.Module
+    diffusion: Diffusion
+    config: dict  # as the checkpoint holds it
+    shape: tuple  # (C, H, W) of its images
+    origin: dict  # provenance: run, step, weights, weights_sha256
 
 
-def setup(device="auto"):
-    """(rank, local rank, world size, torch.device) of this process, alone or under torchrun.
+def load_run(path, device="cpu", raw=False):
+    """The `Run` in a run folder or checkpoint file: EMA weights, or the raw ones.
 
-    device: "auto" takes CUDA, then MPS, then the CPU.  Raises UserError if it is not there.
-    On a CPU under Linux the process keeps memory that it frees, for its next step.
+    Raises UserError for a checkpoint that is missing, damaged or foreign.
     """
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if device == "auto":
-        mps = torch.backends.mps.is_available() and world == 1
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    elif sys.platform == "linux":
-        # glibc hands the activations' memory back every step: the page faults cost adv 5 %.
-        # Before 2.35 it takes no threshold above 32 MiB
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    return rank, local, world, device
+    with user_errors(ValueError):
+        checkpoint = read_checkpoint(path)
+    config = checkpoint["config"]
+    with user_errors(KeyError, TypeError, ValueError,
+                     prefix=f"{path}: its config is not one of train.py: "):
+        net = build_network(config)
+        diffusion = Diffusion(config["T"], config["schedule"], device)
+    with user_errors(ValueError):
+        load_weights(net, checkpoint["model" if raw else "ema"], path)
+    digest = hashlib.sha256()
+    for p in net.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    shape = (config["in_channels"], config["image_size"], config["image_size"])
+    return Run(net, diffusion, config, shape, {
+        "run": str(path), "step": checkpoint["step"], "weights": "raw" if raw else "EMA",
+        "weights_sha256": digest.hexdigest()[:16]})
 
 
-def start_group(device):
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere.
-
-    A day's patience: one process decodes a data set, or draws pictures, while the others wait.
-    """
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-
-
-def duration(seconds):
-    """Seconds -> "1:02:03"."""
-    return str(timedelta(seconds=int(seconds)))
-
-
-@contextlib.contextmanager
-def ticker(title, total, lead=True):
-    """A line of progress with a rate and an ETA: call what it yields with how many are done."""
-    start = shown = time.time()
-
-    def tick(done):
-        nonlocal shown
-        now = time.time()
-        if lead and now - (start if done >= total else shown) > 2:
-            shown = now
-            rate = done / (now - start)
-            print(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
-                  f"{duration((total - done) / rate)}   ", end="", flush=True)
-
-    try:
-        yield tick
-    finally:
-        if shown > start:
-            print(flush=True)
-
-
-# ---------- Command line
-
-
-def number(kind, low, high=None, open_high=False):
-    """An argparse type: an int or float within [low, high], or [low, high) if open_high."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        above = high is not None and (value >= high if open_high else value > high)
-        if not value >= low or above or value == float("inf"):
-            upper = "" if high is None else f" and {'below' if open_high else 'at most'} {high}"
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word}, at least {low}{upper}")
-        return value
-
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage of forty flags before them."""
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} -h)")
+# ---------- The command
 
 
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", help="run folder of train.py, or a checkpoint file")
-    p.add_argument("--num", type=number(int, 1), default=64, help="how many images (64)")
-    p.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim",
-                   help="deterministic, or ancestral as in the paper (ddim)")
-    p.add_argument("--steps", type=number(int, 1), default=100,
-                   help="network calls per image, 1 to T (100)")
+    p = Parser(description=__doc__)
+    p.add_argument("run", type=a_path, help="run folder of train.py, or a checkpoint file")
+    p.add_argument("--num", type=number(int, 1), default=64, help="how many images")
+    p.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
+    p.add_argument("--steps", type=number(int, 1), default=100, help="network calls an image")
     p.add_argument("--spacing", choices=["respaced", "naive"], default="respaced",
-                   help="naive: one-step updates at strided time steps; leaves noise (respaced)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ... (0)")
+                   help="naive: one-step updates at strided time steps, which leave noise")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
     p.add_argument("--batch_size", type=number(int, 1), default=64,
-                   help="images at a time, per process; does not change them (64)")
+                   help="images at a time in a process; it does not change them")
     p.add_argument("--raw", action="store_true", help="raw weights instead of the EMA")
-    p.add_argument("--out", type=Path, help="output folder (RUN/samples)")
+    p.add_argument("--out", type=a_path, help="output folder; else RUN/samples")
     p.add_argument("--overwrite", action="store_true", help="replace images of other settings")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (auto)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
     return p.parse_args(argv)
 
 
-def write_atomically(path, save):
-    """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def weights_hash(net):
-    """First 16 hex digits of the SHA-256 of all parameters, to tell one model from another."""
-    digest = hashlib.sha256()
-    for p in net.parameters():
-        digest.update(p.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_run(path, device, raw=False):
-    """A trained model to draw from: (net, its Diffusion, its config, where the weights are from).
-
-    Raises UserError as `load_model`, or when the config has no noise schedule.
-    """
-    net, config, step = load_model(path, device, ema=not raw)
-    try:
-        diffusion = Diffusion(config["T"], config["schedule"], device)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no noise schedule in its config") from error
-    return net, diffusion, config, {"run": str(path), "step": step,
-                                    "weights": "raw" if raw else "EMA",
-                                    "weights_sha256": weights_hash(net)}
-
-
-def model_shape(config):
-    """(C, H, W) of the images that a run draws."""
-    return config["in_channels"], config["image_size"], config["image_size"]
-
-
-def claim_folder(out, provenance, overwrite):
+def claim_folder(out, picture, provenance, overwrite):
     """Check that the images in `out` were drawn as `provenance` says, or clear them; write it."""
     note = out / "samples.json"
     images = sorted(out.glob("[0-9]" * 6 + ".png"))
+    drawn = images + [path for path in (out / "samples.npz", note, picture) if path.exists()]
     try:
         old = dict(json.loads(note.read_text()))
     except (OSError, ValueError, TypeError):
         old = {}
     changed = [key for key, value in provenance.items()
                if key not in ("num", "run") and old.get(key) != value]
-    if images and changed and not overwrite:
+    if len(images) > provenance["num"]:
+        changed.append(f"num, {len(images)} images there,")
+    if drawn and changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
                         "use --overwrite or another --out")
-    text = json.dumps(provenance, indent=2) + "\n"
-    try:
+    with user_errors(OSError, prefix=f"--out {out}: "):
         out.mkdir(parents=True, exist_ok=True)
-        for path in [*out.glob(".*.tmp"), *(images if changed else [])]:
+        remove_leftovers(out)
+        for path in drawn if changed else []:
             path.unlink()
-        (out / "samples.npz").unlink(missing_ok=True)
-        write_atomically(note, lambda temporary: temporary.write_text(text))
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
+        write_json(note, provenance)
+    check_writable(picture)
 
 
 def read_back(path, shape):
@@ -324,22 +465,29 @@ def read_back(path, shape):
         raise UserError(f"{path} was damaged and is removed: run the same command again") from error
 
 
+def save_npz(path, *arrays, **named):
+    """np.savez under exactly this name, which the function would end in .npz itself."""
+    with open(path, "wb") as file:
+        np.savez(file, *arrays, **named)
+
+
 def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
-    rank, _, world, device = setup(args.device)
-    net, diffusion, config, origin = load_run(args.run, device, args.raw)
+    rank, _, world, device = setup_device(args.device)
+    net, diffusion, _, shape, origin = load_run(args.run, device, args.raw)
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
-    run = Path(args.run)
-    out = args.out or (run if run.is_dir() else run.parent) / "samples"
+    folder = args.run if args.run.is_dir() else args.run.parent
+    out = args.out or folder / "samples"
+    picture = Path(f"{out.resolve()}.png")
     provenance = {**origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
                   "spacing": args.spacing, "seed": args.seed}
     if rank == 0:
         print(f"output {out}")
         print(f"{origin['weights']} weights of step {origin['step']}, {args.sampler} {args.steps} "
               f"steps ({args.spacing}), {args.num} images on {world} x {device.type}", flush=True)
-        claim_folder(out, provenance, args.overwrite)
+        claim_folder(out, picture, provenance, args.overwrite)
     if world > 1:
         start_group(device)
         dist.barrier()
@@ -351,23 +499,14 @@ def main(argv=None):
     todo = [k for k in mine if not path(k).exists()]
     if rank == 0 and len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
-    shape = model_shape(config)
     start = time.time()
-
-    with ticker("images", len(todo) * world, rank == 0) as tick:
-        for first in range(0, len(todo), args.batch_size):
-            batch = todo[first:first + args.batch_size]
-
-            def progress(i, steps):
-                tick((first + len(batch) * i / steps) * world)
-
-            noise = image_noise(args.seed, batch, shape, device)
-            x = sample(net, diffusion, noise, args.sampler, args.steps, args.spacing,
-                       progress=progress)
-            images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
-            for k, image in zip(batch, images):
-                image = Image.fromarray(image.squeeze())
-                write_atomically(path(k), lambda temporary: image.save(temporary, "PNG"))
+    title = "images" if world == 1 else f"images of process 0 of {world}"
+    for batch, images in draw_images(net, diffusion, shape, todo, args.seed, args.sampler,
+                                     args.steps, args.spacing, args.batch_size, device, title,
+                                     lead=rank == 0):
+        for k, image in zip(batch, images):
+            image = Image.fromarray(image.transpose(1, 2, 0).squeeze())
+            write_atomically(path(k), lambda temporary: image.save(temporary, "PNG"))
 
     if world > 1:
         dist.barrier()
@@ -375,15 +514,9 @@ def main(argv=None):
     if rank == 0:
         images = np.stack([read_back(path(k), (*shape[1:], shape[0])) for k in range(args.num)])
         write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
-        save_grid(images[:64].transpose(0, 3, 1, 2), f"{out}.png")
+        save_grid(images[:64].transpose(0, 3, 1, 2), picture)
         print(f"{args.num} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
-              f"the first {min(args.num, 64)} in {out}.png, {duration(time.time() - start)}")
-
-
-def save_npz(path, *arrays, **named):
-    """np.savez under exactly this name, which the function would end in .npz itself."""
-    with open(path, "wb") as file:
-        np.savez(file, *arrays, **named)
+              f"the first {min(args.num, 64)} in {picture}, {duration(time.time() - start)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python train.py --dataset cifar10 --mode adv --noise_p 0.9 --noise_std 0.2
     torchrun --nproc_per_node=8 train.py --dataset celeba --mode adv
     python train.py --dataset cifar10 --mode adv --resume
+    python train.py --dataset cifar10 --mode adv --init_from out/cifar10-dsm --steps 50000
 
 Writes out/<dataset>-<mode>/: ckpt.pt, log.jsonl, config.json, data.png, samples_<step>.png.
 """
@@ -11,7 +12,7 @@ Writes out/<dataset>-<mode>/: ckpt.pt, log.jsonl, config.json, data.png, samples
 import argparse
 import contextlib
 import copy
-import dataclasses
+import fcntl
 import gzip
 import hashlib
 import io
@@ -27,6 +28,11 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Callable, NamedTuple, Sequence
+
+# Beside another run, threads that wait by spinning make a step take four times as long; on an idle
+# machine they save a fifth. The policy is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -35,121 +41,14 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import (MODES, READINGS, Diffusion, Perturbation, ascend, mean_square,
-                    radius_and_weight, random_omega)
-from model import UNET_KEYS, UNet, UserError, read_checkpoint, run_cli
-from sample import (CHOICE, CORRUPT, FIXED_BATCH, INIT, LIMIT, ORDER, SHAPES, STEP, Parser,
-                    duration, image_noise, mix, number, sample, save_grid, setup, start_group,
-                    to_uint8, write_atomically)
-
-# ---------- Settings: default < preset of the data set < a resumed run's config < flag
-
-share, size = number(float, 0, 1), number(float, 0)
-below_one, count, natural = number(float, 0, 1, open_high=True), number(int, 1), number(int, 0)
-ON_OFF = argparse.BooleanOptionalAction
-
-
-def widths(text):
-    """An argparse type: "1,2,2" -> (1, 2, 2); "0" -> (), none."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = (-1,)
-    if values != (0,) and min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
-    return () if values == (0,) else values
-
-
-PRESETS = {
-    "shapes": dict(  # minutes on two CPU cores, and the paper's point: noisy data, clean samples
-        noise_p=0.9, noise_std=0.2,
-        image_size=16, channels=16, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0,
-        batch_size=32, steps=3000, lr=2e-3, warmup=100, ema=0.998,
-        log_every=50, sample_every=500, save_every=500),
-    "fashion_mnist": dict(
-        image_size=28, in_channels=1, channels=64, mult=(1, 2, 2), attention=(14,), flip=False,
-        steps=50_000, warmup=1000, ema=0.999, sample_every=2500, save_every=1000),
-    "cifar10": dict(image_size=32, mult=(1, 2, 2, 2), steps=800_000),
-    "celeba": dict(),  # the defaults are CelebA's
-    "lsun_bedroom": dict(dropout=0.0),
-    "lsun_bedroom-256": dict(
-        image_size=256, mult=(1, 1, 2, 2, 4, 4), dropout=0.0, batch_size=64, lr=2e-5),
-    "folder": dict(),
-}
-DATASETS = [name for name in PRESETS if "-" not in name]
-# name: (default, type, list of choices or ON_OFF, help)
-FLAGS = {
-    "what to train": {
-        "dataset": ("shapes", DATASETS, "data set, and with it the preset"),
-        "mode": ("adv", list(MODES), "objective"),
-        "data_dir": (None, str, "folder or zip with the data; else ./data, filled by download"),
-        "cache_dir": (None, str, "folder of the decoded images; else beside the data"),
-        "limit": (0, natural, "train on so many of its images alone, chosen by the seed; 0: all"),
-    },
-    "corruption of the training set, frozen per image": {
-        "noise_p": (0.0, share, "share of images with Gaussian noise, 0 to 1"),
-        "noise_std": (0.0, size, "its standard deviation on the [-1, 1] scale"),
-        "outlier_p": (0.0, share, "share of images replaced by uniform noise, 0 to 1"),
-    },
-    "regulariser (losses.Perturbation)": {
-        "reading": (Perturbation.reading, list(READINGS), "closed form of the radius"),
-        "lam": (Perturbation.lam, size, "weight lambda"),
-        "rho": (Perturbation.rho, number(float, 1e-3), "exponent of the radius"),
-        "beta_min": (Perturbation.beta_min, number(float, 1e-6), "lower end of beta"),
-        "beta_max": (Perturbation.beta_max, number(float, 1e-6),
-                     "its upper end; None: 1 for sigma, 16/255 for epsilon"),
-        "ascent_steps": (Perturbation.ascent_steps, count, "gradient steps of omega"),
-        "ascent_norm": (Perturbation.ascent_norm, ["linf", "l2"],
-                        "sign steps in the box, or along the gradient"),
-        "ascent_step": (Perturbation.ascent_step, size, "size of a sign step, in radii"),
-        "reg_share": (Perturbation.reg_share, number(float, 1e-3, 1),
-                      "share of the batch regularised; at .3 adv costs 4.5 units, not 8"),
-        "reg_low": (Perturbation.reg_low, ON_OFF,
-                    "take that share from the smallest t, not rescaled; needs --reg_share < 1"),
-        "detach_target": (Perturbation.detach_target, ON_OFF,
-                          "no gradient through the unperturbed branch"),
-    },
-    "network and diffusion": {
-        "image_size": (64, count, "pixels a side"),
-        "in_channels": (3, [1, 3], "1 grey, 3 RGB"),
-        "channels": (128, count, "width of the first level"),
-        "mult": ((1, 2, 2, 2, 4), widths, "width of each level / channels, with commas"),
-        "blocks": (2, count, "residual blocks a level"),
-        "attention": ((16,), widths, "resolutions with attention, in pixels; 0 for none"),
-        "dropout": (0.1, below_one, "dropout probability"),
-        "T": (1000, count, "diffusion steps"),
-        "schedule": ("linear", ["linear", "cosine"], "noise schedule"),
-    },
-    "training": {
-        "batch_size": (128, count, "images a step, over all processes and accumulation"),
-        "accum": (1, count, "parts that a process splits its share of the batch into"),
-        "steps": (500_000, count, "optimiser steps in all"),
-        "lr": (2e-4, size, "Adam's learning rate"),
-        "warmup": (5000, natural, "steps of linear warm-up, 0 for none"),
-        "ema": (0.9999, below_one, "decay of the weights' moving average"),
-        "grad_clip": (1.0, size, "largest gradient norm, 0 for no limit"),
-        "flip": (True, ON_OFF, "random horizontal flips"),
-        "seed": (0, natural, "seed of everything random, corruption included"),
-    },
-    "machine": {
-        "device": ("auto", str, "cpu, cuda, cuda:1, mps"),
-        "amp": ("auto", ["auto", "off", "bf16", "fp16"], "auto: bf16 or fp16 on CUDA, else off"),
-        "compile": (None, ON_OFF, "torch.compile; None: on with CUDA"),
-    },
-    "reports, each in steps, 0 is off": {
-        "log_every": (100, natural, "a line on the screen and in log.jsonl"),
-        "sample_every": (10_000, natural, "a grid of EMA samples"),
-        "monitor_every": (0, natural, "J under 10 ascent steps over J under the training step"),
-        "save_every": (5000, natural, "a checkpoint (there is always one at the end)"),
-        "keep": (1, count, "1: ckpt.pt alone; more: also the newest so many as ckpt_<step>.pt"),
-    },
-}
-# What a checkpoint fixes: its weights, or the meaning of t
-FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
+from losses import MODES, READINGS, Diffusion, Objective, Perturbation, predict_eps, stratified_t
+from model import UNET_KEYS, build_network, load_weights, read_checkpoint
+from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, UserError, a_path,
+                    draw_images, duration, number, remove_leftovers, run_cli, save_grid, seed_for,
+                    setup_device, start_group, tell, ticker, to_uint8, user_errors,
+                    write_atomically, write_json)
 
 # ---------- Data: every set becomes one uint8 array (N, C, H, W)
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
 def shapes(n, size, channels, seed):
@@ -164,7 +63,7 @@ def shapes(n, size, channels, seed):
     dy = abs(pixel[None, :, None] - size * uniform(0.35, 0.65))
     radius, width, height = (size * uniform(0.15, 0.33) for _ in range(3))
     is_disc = rng.random((n, 1, 1)) < 0.5
-    # signed distance to the outline, in pixels
+    # The signed distance to the outline, in pixels.
     distance = np.where(is_disc, np.hypot(dx, dy) - radius, np.maximum(dx - width, dy - height))
     cover = np.clip(0.5 - distance, 0, 1)[:, None]
     hue = 6 * uniform(0, 1)[..., None] + np.array([0, 4, 2], np.float32)[None, :, None, None]
@@ -174,26 +73,50 @@ def shapes(n, size, channels, seed):
     return np.round(255 * (0.15 + (colour - 0.15) * cover)).astype(np.uint8)
 
 
+class Source(NamedTuple):
+    """The images of one split of a data set, not decoded yet."""
+
+    items: Sequence  # one for each image; its name where it has one
+    read: Callable  # item -> PIL image
+    files: dict  # name below the root -> (bytes, date of its last change)
+    split: str | None  # None where the source is one bare set of images
+
+
 def is_image(name):
     """By its suffix; hidden files and the Macintosh's shadow files are not."""
     path = Path(name)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not str(name).endswith("/")
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind in Image.OPEN and not hidden and not str(name).endswith("/")
 
 
-# Readers: open_x(files) -> (items, read), read(item) a PIL image
+def is_run(folder):
+    """Whether train.py has written this folder: it holds a config.json of ours."""
+    try:
+        return set(UNET_KEYS) <= json.loads((Path(folder) / "config.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
-def open_images(files):
-    """Image files, the files themselves."""
-    return files, Image.open
+def find_files(root):
+    """The files below a folder, sorted; links are followed, each real folder is read once.
 
-
-def open_zip(files):
-    """A zip of images at any depth."""
-    archive = zipfile.ZipFile(files[0])
-    names = sorted(name for name in archive.namelist() if is_image(name))
-    return names, lambda name: Image.open(io.BytesIO(archive.read(name)))
+    Runs and samples below it are left out: their pictures are no data.
+    Raises UserError for a link that leads nowhere.
+    """
+    seen, found = set(), []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        drawn = folder != str(root) and (is_run(folder) or "samples.json" in names)
+        if drawn or real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names]
+    broken = [file for file in found if not file.exists()]
+    if broken:
+        raise UserError(f"{broken[0]} is a link that leads nowhere")
+    return sorted(found)
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -207,81 +130,167 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def open_cifar(files):
-    """CIFAR-10's python batches."""
+    """CIFAR-10's python batches: (items, read)."""
     batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
     images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
     return images.transpose(0, 2, 3, 1), Image.fromarray
 
 
 def open_idx(files):
-    """(Fashion-)MNIST's gzipped idx file."""
+    """(Fashion-)MNIST's gzipped idx file: (items, read)."""
     with gzip.open(files[0]) as file:
         shape = np.frombuffer(file.read(16), ">i4")[1:]
         return np.frombuffer(file.read(), np.uint8).reshape(shape), Image.fromarray
 
 
+def open_npz(files):
+    """What sample.py writes, arr_0, uint8 (N, H, W, C): (items, read)."""
+    images = np.load(files[0])["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, C)")
+    return images[..., 0] if images.shape[-1] == 1 else images, Image.fromarray
+
+
 def open_lsun(files):
-    """LSUN's lmdb, directly: torchvision pickles a list of keys into the current folder."""
+    """LSUN's lmdb: (items, read). torchvision's reader pickles its keys into the current folder."""
     try:
         import lmdb
     except ImportError as error:
         raise UserError(f"{files[0]}: reading LSUN needs lmdb (pip install lmdb)") from error
-    base = lmdb.open(str(files[0].parent), readonly=True, lock=False).begin()
-    return list(base.cursor().iternext(values=False)), lambda k: Image.open(io.BytesIO(base.get(k)))
+    base = lmdb.open(str(files[0].parent), readonly=True, lock=False)
+    with base.begin() as transaction:
+        keys = list(transaction.cursor().iternext(values=False))
+
+    def read(key):
+        with base.begin() as transaction:  # A transaction serves one thread only.
+            return Image.open(io.BytesIO(transaction.get(key)))
+
+    return keys, read
 
 
-# The formats that data sets are published in: a reader, and the files of each split
+# The formats that data sets are published in: a reader, and the files of each split.
 PUBLISHED = {
-    "cifar10": (open_cifar, {"train": "data_batch_[1-5]", "test": "test_batch"}),
-    "fashion_mnist": (open_idx, {"train": "train-images-idx3-ubyte.gz",
-                                 "test": "t10k-images-idx3-ubyte.gz"}),
-    "lsun_bedroom": (open_lsun, {"train": "bedroom_train_lmdb/data.mdb",
-                                 "test": "bedroom_val_lmdb/data.mdb"}),
+    "cifar10": (open_cifar, {"train": [f"data_batch_{i}" for i in range(1, 6)],
+                             "test": ["test_batch"]}),
+    "fashion_mnist": (open_idx, {"train": ["train-images-idx3-ubyte.gz"],
+                                 "test": ["t10k-images-idx3-ubyte.gz"]}),
+    "lsun_bedroom": (open_lsun, {"train": ["bedroom_train_lmdb/data.mdb"],
+                                 "test": ["bedroom_val_lmdb/data.mdb"]}),
 }
 
 
-def find_source(dataset, root, split):
-    """(files, reader) of a data set in `root`, a folder or zip; files is empty if it is not there.
+def published_files(dataset, files, split):
+    """The files of a published format among others, [] without; UserError: not just one set."""
+    names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
+    sets = {}
+    for file in files:
+        for name in names:
+            if f"/{file.as_posix()}".endswith(f"/{name}"):
+                folder = file.parents[name.count("/")]
+                sets.setdefault(folder.resolve(), {})[name] = file
+    if len(sets) > 1:
+        raise UserError(f"several copies of {dataset}, in {' and '.join(map(str, sets))}: name one")
+    found = next(iter(sets.values()), {})
+    absent = [name for name in names if found and name not in found]
+    if absent:
+        raise UserError(f"{absent[0]} of {dataset} is missing beside {min(found.values())}")
+    return [found[name] for name in names if found]
+
+
+def open_source(dataset, root, split="train"):
+    """The `Source` of a data set at `root`: a folder, a zip of images, or an npz.
+
+    Raises UserError for one that is empty or damaged, naming the file.
     """
-    if root.is_file():
-        return [root], open_zip
-    if dataset in PUBLISHED:
-        reader, names = PUBLISHED[dataset]
-        files = sorted(root.rglob(names[split]))
-        if files:
-            return files, reader
-    found = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
-             for name in names]
-    return sorted(file for file in found if is_image(file.relative_to(root))), open_images
+    files = find_files(root) if root.is_dir() else [root]
+    published = published_files(dataset, files, split)
+    images = published or [file for file in files if is_image(file.relative_to(root))]
+    used = {}
+    try:
+        if published:
+            items, read = PUBLISHED[dataset][0](published)
+        elif root.suffix == ".npz":
+            (items, read), images = open_npz(files), files
+        elif root.is_dir():
+            items, read = images, Image.open
+        else:
+            archive = zipfile.ZipFile(root)
+            used = {entry.filename: (entry.file_size, entry.date_time)
+                    for entry in archive.infolist() if is_image(entry.filename)}
+            items = sorted(used)
+
+            def read(name):
+                return Image.open(io.BytesIO(archive.read(name)))
+
+        used = used or {file.relative_to(root).as_posix(): (file.stat().st_size,
+                                                            file.stat().st_mtime_ns)
+                        for file in images}
+    except UserError:
+        raise
+    except Exception as error:  # A damaged file may raise anything.
+        raise UserError(f"{(published or [root])[0]} is not readable ({error})") from error
+    if dataset == "celeba":
+        # The official split is by file number; a folder with fewer files than CelebA is used whole.
+        items = items[:162_770] if split == "train" else items[182_637:]
+    if not len(items):
+        raise UserError(f"no {split} images of {dataset} in {root}")
+    return Source(items, read, used, split if published or dataset == "celeba" else None)
 
 
-def download(dataset, root):
-    """Fetch a data set with torchvision into `root`; UserError where that cannot be."""
-    from torchvision import datasets
-    makers = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST,
-              "celeba": datasets.CelebA}
+def find_source(dataset, data_dir=None, split="train"):
+    """The `Source` of a data set in `data_dir`, else in data/<dataset>, downloaded if need be.
+
+    Raises UserError for one that is not there, or that torchvision cannot fetch.
+    """
+    root = Path(data_dir or f"data/{dataset}")
+    with user_errors(OSError, prefix=f"--data_dir {root}: "):
+        there = root.exists()
+    if data_dir and not there:
+        raise UserError(f"--data_dir {root}: no such file or folder")
+    if there:
+        with contextlib.nullcontext() if data_dir else contextlib.suppress(UserError):
+            return open_source(dataset, root, split)
+    makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
     if dataset not in makers:
         raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
     print(f"downloading {dataset} to {root}", flush=True)
     try:
-        makers[dataset](root, download=True)
-    except Exception as error:  # network, quota, a missing helper package: all end alike
+        from torchvision import datasets
+        getattr(datasets, makers[dataset])(root, download=True)
+    except Exception as error:  # Network, quota, a missing helper package: all end alike.
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise UserError(f"{dataset} could not be downloaded ({reason}): fetch it by hand and name "
                         "its folder or zip with --data_dir") from error
+    return open_source(dataset, root, split)
 
 
-def fit(image, size, channels, aligned_celeba=False):
+def upright_8bit(image, channels):
+    """A PIL image as upright 8-bit RGB (3 channels) or grey (1); what is transparent turns white.
+
+    16-bit grey is scaled to 8.  Raises ValueError for floats and 32-bit integers: their range is
+    not known.
+    """
+    deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not deep:
+        raise ValueError(f"its values are {'floats' if image.mode == 'F' else '32-bit integers'}, "
+                         "of a range that is not known: save it with 8 or 16 bits")
+    with contextlib.suppress(Exception):  # With a damaged EXIF block an image is taken as upright.
+        image = ImageOps.exif_transpose(image)
+    if deep:
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def crop_resize(image, size, channels, aligned_celeba=False):
     """PIL image -> uint8 (channels, size, size): upright, centre square, resized.
 
     Shrinking averages over the area that a pixel covers (no aliasing); enlarging is bicubic.
     CelebA's aligned 178x218 images are cropped to the usual 128x128 around (89, 121).
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit grey, which PIL would clip and not scale
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-    image = image.convert("RGB" if channels == 3 else "L")
+    image = upright_8bit(image, channels)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -292,87 +301,63 @@ def fit(image, size, channels, aligned_celeba=False):
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-def decode_all(path, dataset, files, reader, size, channels, split):
-    """Decode a source into the uint8 .npy `path`, with a line of progress every five seconds.
-
-    Raises UserError naming the file or image at fault.
-    """
-    try:
-        items, read = reader(files)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"{files[0]}: not a readable {dataset} file ({error})") from error
-    if dataset == "celeba":
-        # the official split is by file number; of a smaller set all are training images
-        items = items[:162_770] if split == "train" else items[182_637:]
-    if not len(items):
-        raise UserError(f"no {split} images of {dataset} in {files[0]}")
-
-    def decode(i):
-        try:
-            return fit(read(items[i]), size, channels, dataset == "celeba")
-        except Exception as error:
-            name = items[i] if isinstance(items[i], (str, Path)) else f"image {i} of {files[0]}"
-            raise UserError(f"{name}: not a readable image ({error})") from error
-
-    cache = np.lib.format.open_memmap(path, "w+", np.uint8, (len(items), channels, size, size))
-    start = shown = time.time()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(items), 1000):
-            last = min(first + 1000, len(items))
-            for i, image in zip(range(first, last), pool.map(decode, range(first, last))):
-                cache[i] = image
-            if time.time() - shown > 5 or last == len(items):
-                shown = time.time()
-                rate = last / (shown - start)
-                print(f"decoding {dataset} {split}: {last:,}/{len(items):,} images, {rate:,.0f}/s, "
-                      f"ETA {duration((len(items) - last) / rate)}", flush=True)
-    cache.flush()
-
-
-def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None, split="train"):
+def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None, split="train",
+                source=None):
     """A data set as a uint8 array (N, in_channels, image_size, image_size), memory-mapped.
 
-    data_dir: folder or zip; None looks in data/<dataset> and downloads what torchvision can.
+    data_dir: folder, zip or npz; None looks in data/<dataset> and downloads what torchvision can.
     cache_dir: where the decoded .npy goes (default: beside the source). Its name holds a hash of
         the settings and of the source's names, sizes and dates: others never meet it.
     split: "train" or "test", where the source has both; a bare folder or zip is one of them.
+    source: the `Source`, where it is open already.
     Raises UserError for a missing, empty or unreadable source, naming the file.
     """
     if dataset == "shapes":
-        if data_dir:
-            raise UserError("--data_dir: the data set shapes is drawn; say which --dataset it is")
         n, seed = (10_000, 0) if split == "train" else (2000, 1)
         return shapes(n, image_size, in_channels, seed)
+    source = source or find_source(dataset, data_dir, split)
     root = Path(data_dir or f"data/{dataset}")
-    if data_dir and not root.exists():
-        raise UserError(f"--data_dir {root}: no such file or folder")
-    if not data_dir and not find_source(dataset, root, split)[0]:
-        download(dataset, root)
-    files, reader = find_source(dataset, root, split)
-    if not files:
-        raise UserError(f"no {split} images of {dataset} in {root}")
-
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    stamp = json.dumps([dataset, split, image_size, in_channels, stats])
-    stamp = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     folder = Path(cache_dir or (root if root.is_dir() else root.parent))
-    cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{stamp}.npy"
-    try:
+    if not cache_dir and not os.access(folder, os.W_OK):
+        print(f"{folder} may not be written to: decoded images go to out/cache", flush=True)
+        folder = Path("out/cache")
+    key = json.dumps([dataset, split, image_size, in_channels, str(root), source.files])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{key}.npy"
+
+    def decode_one(i):
+        try:
+            return crop_resize(source.read(source.items[i]), image_size, in_channels,
+                               aligned_celeba=dataset == "celeba")
+        except Exception as error:  # A damaged file may raise anything.
+            item = source.items[i]
+            name = item if isinstance(item, (str, Path)) else f"image {i} of {root}"
+            raise UserError(f"{name}: not a readable image ({error})") from error
+
+    def decode(path):
+        n = len(source.items)
+        print(f"decoding {n:,} images of {root}", flush=True)
+        # Written, not memory-mapped: a full disk is an error then, and no signal.
+        with (open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool,
+              ticker("decoding", n) as tick):
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": "|u1", "fortran_order": False,
+                "shape": (n, in_channels, image_size, image_size)})
+            for first in range(0, n, 1000):
+                for image in pool.map(decode_one, range(first, min(first + 1000, n))):
+                    file.write(image.tobytes())
+                tick(min(first + 1000, n))
+
+    with user_errors(OSError, prefix=f"cannot write {cache}, choose another --cache_dir: "):
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         if not cache.exists():
-            write_atomically(cache, lambda path: decode_all(path, dataset, files, reader,
-                                                            image_size, in_channels, split))
-        return np.load(cache, mmap_mode="r")
-    except OSError as error:
-        raise UserError(f"cannot write {cache} ({error.strerror}): choose another --cache_dir"
-                        ) from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{cache} is damaged: delete it, and it is made anew") from error
+            write_atomically(cache, decode)
+        with user_errors(ValueError, EOFError, prefix=f"{cache} is damaged, delete it: "):
+            return np.load(cache, mmap_mode="r")
 
 
-def some_of(images, limit, seed):
+def limit_images(images, limit, seed):
     """`limit` of the images, chosen by the seed, in their order; 0: all. UserError: too few."""
     if limit > len(images):
         raise UserError(f"--limit {limit}: the data set has {len(images)} images")
@@ -427,71 +412,208 @@ def batch_index(step, batch_size, n, seed):
                            for e in np.unique(epochs)])
 
 
-# ---------- Command line and run folder
+# ---------- Settings: default < preset of the data set < a stored run's < flag
+
+# The defaults of the flags are DDPM's for 64x64 pixels. A text is parsed as if it were given.
+PRESETS = {
+    "shapes": dict(  # Minutes on two CPU cores, and the paper's point: noisy data, clean samples.
+        noise_p=0.9, noise_std=0.2,
+        image_size=16, channels=16, mult="1,2,2", blocks=1, attention="8", dropout=0.0,
+        batch_size=32, steps=3000, lr=2e-3, warmup=100, ema=0.998,
+        log_every=50, sample_every=500, save_every=500),
+    "fashion_mnist": dict(
+        image_size=28, in_channels=1, channels=64, mult="1,2,2", attention="14", flip=False,
+        steps=50_000, warmup=1000, ema=0.999, sample_every=2500, save_every=1000),
+    "cifar10": dict(image_size=32, mult="1,2,2,2", steps=800_000),
+    "celeba": dict(),
+    "lsun_bedroom": dict(dropout=0.0),
+    "folder": dict(),
+}
+# What a checkpoint fixes: the shape of its weights, or the meaning of t.
+FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
+# The flags that are no settings of a run.
+SESSION = ("out", "resume", "anew", "overwrite", "new_data", "device")
+
+
+def widths(text):
+    """An argparse type: "1,2,2" -> (1, 2, 2); "0" -> (), none."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = (-1,)
+    if values != (0,) and min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
+    return () if values == (0,) else values
+
+
+def make_parser(dataset="shapes"):
+    """The flags, with the defaults of a data set."""
+    share, size, natural = number(float, 0, 1), number(float, 0), number(int, 0)
+    count, some, positive = number(int, 1), number(float, 1e-3, 1), number(float, 1e-6)
+    on_off, own = argparse.BooleanOptionalAction, Perturbation
+    p = Parser(description=__doc__, epilog="In brackets the default, with this --dataset.")
+
+    flag = p.add_argument_group("what to train").add_argument
+    flag("--dataset", choices=list(PRESETS), default="shapes", help="data set, and its preset")
+    flag("--mode", choices=list(MODES), default="adv", help="objective")
+    flag("--data_dir", type=a_path, help="folder, zip or npz of the data; else ./data/<dataset>")
+    flag("--cache_dir", type=a_path, help="folder of the decoded images; else beside the data")
+    flag("--limit", type=natural, default=0, help="train on so many of its images; 0: all")
+    flag("--init_from", type=a_path, help="begin with the EMA weights of another run")
+
+    flag = p.add_argument_group("corruption of the data, frozen per image").add_argument
+    flag("--noise_p", type=share, default=0.0, help="share of images with Gaussian noise, 0 to 1")
+    flag("--noise_std", type=size, default=0.0, help="its std on the [-1, 1] scale")
+    flag("--outlier_p", type=share, default=0.0, help="share replaced by uniform noise, 0 to 1")
+
+    flag = p.add_argument_group("regulariser (losses.Perturbation)").add_argument
+    flag("--reading", choices=list(READINGS), default=own.reading, help="form of the radius")
+    flag("--lam", type=size, default=own.lam, help="weight lambda")
+    flag("--rho", type=number(float, 1e-3), default=own.rho, help="exponent of the radius")
+    flag("--beta_min", type=positive, default=own.beta_min, help="lower end of beta")
+    flag("--beta_max", type=positive, help="its upper end; else 1 for sigma, 16/255 for epsilon")
+    flag("--ascent_steps", type=count, default=own.ascent_steps, help="gradient steps of omega")
+    flag("--ascent_norm", choices=["linf", "l2"], default=own.ascent_norm,
+         help="linf: sign steps in the box; l2: along the gradient")
+    flag("--ascent_step", type=size, default=own.ascent_step, help="a sign step, in radii")
+    flag("--reg_t", type=some, default=own.reg_t,
+         help="regularise only t below this share of T; .1 is recommended, at 3.5 units for 8")
+    flag("--reg_share", type=some, default=own.reg_share,
+         help="regularise a random share of each batch, which stands for all")
+    flag("--detach_target", action=on_off, default=own.detach_target,
+         help="no gradient through the unperturbed branch")
+
+    flag = p.add_argument_group("network and diffusion").add_argument
+    flag("--image_size", type=count, default=64, help="pixels a side")
+    flag("--in_channels", type=int, choices=[1, 3], default=3, help="1 grey, 3 RGB")
+    flag("--channels", type=count, default=128, help="width of the first level")
+    flag("--mult", type=widths, default="1,2,2,2,4", help="width of each level / channels")
+    flag("--blocks", type=count, default=2, help="residual blocks a level")
+    flag("--attention", type=widths, default="16", help="resolutions with attention; 0 for none")
+    flag("--dropout", type=number(float, 0, 1, open_high=True), default=0.1, help="probability")
+    flag("--T", type=count, default=1000, help="diffusion steps")
+    flag("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule")
+
+    flag = p.add_argument_group("training").add_argument
+    flag("--batch_size", type=count, default=128, help="images a step, over all processes")
+    flag("--accum", type=count, default=1, help="parts that a process takes one by one")
+    flag("--steps", type=count, default=500_000, help="optimiser steps in all")
+    flag("--lr", type=size, default=2e-4, help="Adam's learning rate")
+    flag("--warmup", type=natural, default=5000, help="steps of linear warm-up, 0 for none")
+    flag("--ema", type=number(float, 0, 1, open_high=True), default=0.9999, help="EMA decay")
+    flag("--grad_clip", type=size, default=1.0, help="largest gradient norm, 0 for no limit")
+    flag("--flip", action=on_off, default=True, help="random horizontal flips")
+    flag("--seed", type=natural, default=0, help="seed of all that is random")
+
+    flag = p.add_argument_group("machine").add_argument
+    flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
+    flag("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+         help="mixed precision; auto: bf16 or fp16 on CUDA, else off")
+    flag("--compile", action=on_off, help="torch.compile; else on with CUDA only")
+
+    flag = p.add_argument_group("reports, each in steps, 0 is off").add_argument
+    flag("--log_every", type=natural, default=100, help="a line on the screen and in log.jsonl")
+    flag("--sample_every", type=natural, default=10_000, help="a grid of EMA samples")
+    flag("--save_every", type=natural, default=5000, help="a checkpoint; always one at the end")
+    flag("--keep", type=count, default=1, help="the newest so many stay, as ckpt_<step>.pt")
+
+    flag = p.add_argument_group("run folder").add_argument
+    flag("--out", type=a_path, help="where it is; else out/<dataset>-<mode>")
+    flag("--resume", action="store_true", help="go on from its checkpoint, with its settings")
+    flag("--overwrite", action="store_true", help="replace the run that is there")
+    flag("--new_data", action="store_true", help="resume although the data has changed")
+    p.set_defaults(**PRESETS[dataset])
+    return p
+
+
+def complete_config(config):
+    """A run's settings with the defaults for those that an older run lacks."""
+    defaults = vars(make_parser(config.get("dataset", "shapes")).parse_args([]))
+    return {key: value for key, value in defaults.items() if key not in SESSION} | config
 
 
 def parse_args(argv=None):
-    """The flags that were given, by name, and no others: `settle` fills in the rest."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               argument_default=argparse.SUPPRESS,
-               epilog="In brackets the default; a data set's preset (PRESETS) may set another.")
-    for title, flags in FLAGS.items():
-        group = p.add_argument_group(title)
-        for name, (default, kind, text) in flags.items():
-            if isinstance(kind, list):
-                options = {"choices": kind, "type": type(kind[0])}
-            else:
-                options = {"action" if kind is ON_OFF else "type": kind}
-            group.add_argument(f"--{name}", help=f"{text} ({default})", **options)
-    group = p.add_argument_group("run folder")
-    group.add_argument("--out", help="where it is (out/<dataset>-<mode>)")
-    group = group.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true",
-                       help="go on from its checkpoint, with the settings stored there")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
-    return vars(p.parse_args(argv))
+    """The settings and the checkpoint to begin from: (Namespace, dict or None).
 
-
-def settle(given, stored):
-    """The run's settings: defaults < preset < a resumed run's own < flags. UserError if foolish."""
-    defaults = {name: flag[0] for flags in FLAGS.values() for name, flag in flags.items()}
-    dataset = {**defaults, **stored, **given}["dataset"]
-    special = f"{dataset}-{given.get('image_size')}"
-    preset = PRESETS[special if special in PRESETS else dataset]
-    cfg = {**defaults, **preset, **stored, **given}
-    cfg = {name: cfg[name] for name in defaults if name != "device"}
+    Raises UserError for flags that are wrong, foolish together, or at odds with the checkpoint.
+    """
+    # What the defaults depend on is read first, with those of another data set.
+    argv = sys.argv[1:] if argv is None else list(argv)
+    given = make_parser().parse_args([word for word in argv if word not in ("-h", "--help")])
+    out = given.out or Path(f"out/{given.dataset}-{given.mode}")
+    if given.resume and given.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite replaces it: which of them?")
+    if out.is_file():
+        raise UserError(f"--out {out} is a file: name the folder of the run")
+    anew = given.resume and not (out / "ckpt.pt").exists() and is_run(out)
+    saved, stored, start = None, {}, out if given.resume else given.init_from
+    if anew:
+        print(f"{out} has no checkpoint yet: starting anew", flush=True)
+        stored = {key: tuple(value) if isinstance(value, list) else value
+                  for key, value in json.loads((out / "config.json").read_text()).items()}
+        start = stored.get("init_from")
+    if start:
+        with user_errors(ValueError):
+            saved = read_checkpoint(start)
+        stored = stored or saved["config"]
+    p = make_parser(given.dataset)
+    known = FIXED + ("dropout",)
+    if given.resume:
+        known = {action.dest for action in p._actions} - set(SESSION)
+    p.set_defaults(**{key: value for key, value in stored.items() if key in known})
+    args = p.parse_args(argv)
+    args.out, args.anew = out, anew
 
     for key in FIXED:
-        if stored and cfg[key] != stored[key]:
-            raise UserError(f"--{key} {cfg[key]}: the checkpoint's network has {stored[key]}")
-    if cfg["noise_p"] and not cfg["noise_std"] or given.get("noise_std") and not cfg["noise_p"]:
+        if saved and getattr(args, key) != stored.get(key):
+            raise UserError(f"--{key} {getattr(args, key)}: the checkpoint has {stored.get(key)}")
+    if args.dataset == "shapes" and args.data_dir:
+        raise UserError("--data_dir: the data set shapes is drawn; say which --dataset it is")
+    if args.data_dir and args.data_dir.resolve() == out.resolve():
+        raise UserError(f"--out {out} is the folder of the data: its pictures would become data")
+    if args.noise_p and not args.noise_std or (
+            args.noise_std != p.get_default("noise_std") and not args.noise_p):
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
-    if cfg["reg_low"] and cfg["reg_share"] == 1:
-        raise UserError("--reg_low needs a --reg_share below 1, such as .1")
-    beta_max = cfg["beta_max"] or READINGS[cfg["reading"]][1]
-    if beta_max < cfg["beta_min"]:
-        raise UserError(f"beta_max {beta_max} is below beta_min {cfg['beta_min']}")
-    return cfg
+    beta_max = args.beta_max or READINGS[args.reading][1]
+    if beta_max < args.beta_min:
+        raise UserError(f"--beta_max {beta_max} is below --beta_min {args.beta_min}")
+    return args, saved
 
+
+# ---------- Run folder
 
 DIGITS = "[0-9]" * 7
 
 
 def run_files(out):
-    """The files of an earlier run in a folder."""
+    """The files in a folder that have the names of a run's."""
     patterns = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.png",
                 f"samples_{DIGITS}.png")
     return [path for pattern in patterns for path in out.glob(pattern)]
 
 
-def trim_log(log, step):
-    """Drop lines past `step`, which will be logged again, and one that a kill cut short."""
+def lock_folder(out):
+    """Claim a run folder; the lock dies with the process. UserError: another one trains there."""
+    file = open(out / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process trains in {out}") from error
+    return file
+
+
+def drop_beyond(out, step):
+    """Drop what a resumed run will make again: log lines, checkpoints and samples past `step`."""
     kept = []
-    for line in log.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    log = out / "log.jsonl"
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # A kill may cut a line short.
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
+    for path in [*out.glob(f"ckpt_{DIGITS}.pt"), *out.glob(f"samples_{DIGITS}.png")]:
+        if int(path.stem[-7:]) > step:
+            path.unlink()
 
 
 def save_checkpoint(out, state, keep):
@@ -512,22 +634,32 @@ def save_checkpoint(out, state, keep):
         old.unlink()
 
 
+@torch.no_grad()
+def still_sound(nets, diffusion, shape, device):
+    """Whether networks still predict finite noise, at both ends of t: exploded ones do not."""
+    t = torch.tensor([0, diffusion.T - 1], device=device)
+    x = torch.ones(2, *shape, device=device)
+    with torch.compiler.set_stance("force_eager"):  # Not worth a graph of its own.
+        return all(predict_eps(net, diffusion, x, t).square().sum().isfinite() for net in nets)
+
+
+@contextlib.contextmanager
+def agreed(world):
+    """An error that one rank meets in the block ends all of them, after the block."""
+    error = None
+    try:
+        yield
+    except UserError as met:
+        error = str(met)
+    errors = [error]
+    if world > 1:
+        errors = [None] * world
+        dist.all_gather_object(errors, error)
+    if any(errors):
+        raise UserError(next(filter(None, errors)))
+
+
 # ---------- Training
-
-
-class Objective(nn.Module):
-    """The whole loss as one forward call, which is what DistributedDataParallel supports.
-
-    x0 (B, C, H, W), t (B,), eps (B, C, H, W) -> (loss, dict of detached figures).
-    """
-
-    def __init__(self, net, diffusion, mode, perturbation):
-        super().__init__()
-        self.net, self.diffusion, self.perturbation = net, diffusion, perturbation
-        self.loss = MODES[mode]
-
-    def forward(self, x0, t, eps):
-        return self.loss(self.net, self.diffusion, x0, t, eps, self.perturbation)
 
 
 def update(objective, parts, weights, averages, optimizer, scaler, autocast, grad_clip, decay):
@@ -554,78 +686,73 @@ def update(objective, parts, weights, averages, optimizer, scaler, autocast, gra
     return total
 
 
-def alarm_times(T):
-    """The time steps that `overfit` looks at: from nearly clean to nearly noise."""
-    return [int(share * T) for share in (0.02, 0.1, 0.25, 0.5, 0.8)]
-
-
-def overfit(net, diffusion, x0, times, cfg):
-    """The alarm of one-step attacks (Wong et al. 2020): J after 10 steps over J after cfg's own.
-
-    For each time step in `times`, on x0 (B, C, H, W): (J_pgd10, J_train), means over the batch of
-    |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2, from the same x_t, radii and random start,
-    the same at every call. 10 sign steps are of r / 4 each. A growing ratio says that training
-    has learnt to deceive its own step. Reseeds torch, and calls `net` in eval mode.
-    """
-    pgd = dataclasses.replace(cfg, ascent_steps=10, ascent_step=0.25)
-    training, found = net.training, []
-    net.eval()
-    for time_step in times:
-        torch.manual_seed(mix(FIXED_BATCH, time_step))
-        t = torch.full((len(x0),), time_step, device=x0.device)
-        x_t = diffusion.diffuse(x0, t, torch.randn_like(x0))
-        _, s = diffusion.at(t, x_t)
-        r, _ = radius_and_weight(s, cfg)
-        start = random_omega(r, x_t)
-        with torch.no_grad():
-            clean = net(x_t, t)
-            omegas = [ascend(start.clone(), net, x_t, s, t, r, clean, c) for c in (pgd, cfg)]
-            found.append([mean_square(net(x_t + s * omega, t) - clean).mean().item()
-                          for omega in omegas])
-    net.train(training)
-    return found
-
-
 def main(argv=None):
     """Entry point; see the module's docstring."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    given = parse_args(argv)
-    rank, local, world, device = setup(given.pop("device", "auto"))
-    cuda, lead = device.type == "cuda", rank == 0
-    say = print if lead else lambda *_, **__: None
-    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
-    out = Path(given.pop("out", f"out/{given.get('dataset', 'shapes')}-{given.get('mode', 'adv')}"))
-    say(f"output {out}", flush=True)
+    args, saved = parse_args(argv)
+    rank, local, world, device = setup_device(args.device)
+    out, lead, cuda = args.out, rank == 0, device.type == "cuda"
+    cfg = argparse.Namespace(**{key: str(value) if isinstance(value, Path) else value
+                                for key, value in vars(args).items() if key not in SESSION})
+    say = tell if lead else lambda _: None
+    say(f"output {out}")
+    if world > 1:
+        start_group(device)
 
     # --- settings: whatever can be wrong is found before anything is written
 
-    saved = read_checkpoint(out) if resume else None
-    stored = saved["config"] if resume else {}
-    start = saved["step"] if resume else 0
-    try:
-        cfg = argparse.Namespace(**settle(given, stored))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{out}/ckpt.pt: its config is not one of train.py") from error
-    if lead and run_files(out) and not (resume or overwrite):
-        raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
-    part = cfg.batch_size // (world * cfg.accum)
-    if cfg.mode != "dsm" and round(cfg.reg_share * part) < 1:
-        raise UserError(f"--reg_share {cfg.reg_share}: of the {part} images that a process takes "
-                        "at a time, that is none")
-    if start >= cfg.steps:
-        raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
-    if cfg.batch_size % (world * cfg.accum):
-        raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
-                        f"x {cfg.accum} parts")
+    resumed = saved if args.resume and not args.anew else None
+    start = resumed["step"] if resumed else 0
+    parts = world * cfg.accum  # Each takes every parts-th image of a batch.
+    with agreed(world):
+        there = run_files(out) if lead and not args.resume else []
+        if there and not is_run(out):
+            raise UserError(f"{there[0]} is of no run that could be replaced: take another --out")
+        if there and not args.overwrite:
+            raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
+        if start >= cfg.steps:
+            raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
+        if cfg.batch_size % parts:
+            raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
+                            f"x {cfg.accum} parts")
+
+    # --- data: fetched and decoded by one process a machine while the others wait
+
+    def load():
+        source = None if cfg.dataset == "shapes" else find_source(cfg.dataset, cfg.data_dir)
+        return source, load_images(cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir,
+                                   cfg.cache_dir, source=source)
+
+    with agreed(world):
+        loaded = load() if local == 0 else None
+    source, images = loaded or load()
+    # Names and sizes say what data are; dates and places do not.
+    names = [(name, size) for name, (size, _) in source.files.items()] if source else []
+    data = {"files": len(names),
+            "sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}
+    before = resumed.get("data", data) if resumed else data
+    if before != data and not args.new_data:
+        raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
+                        f"{data['files']}): --new_data accepts it")
+    images = limit_images(images, cfg.limit, cfg.seed)
+    kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
+
+    def fetch(step):
+        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)
+        mine = np.concatenate([index[part::parts] for part in range(rank, parts, world)])
+        batch = training_images(images, mine, kinds, cfg.noise_std, cfg.seed)
+        return batch.pin_memory() if cuda else batch
 
     # --- network: the same initial weights on every rank
 
-    torch.manual_seed(mix(INIT, cfg.seed))
-    net = UNet(**{key: getattr(cfg, key) for key in UNET_KEYS})
-    net = net.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    torch.manual_seed(seed_for(INIT, cfg.seed))
+    with user_errors(ValueError):
+        net = build_network(vars(cfg)).to(device, memory_format=torch.channels_last)
+        ema = copy.deepcopy(net).eval().requires_grad_(False)
+        diffusion = Diffusion(cfg.T, cfg.schedule, device)
+        for target, weights in ((net, "model" if resumed else "ema"), (ema, "ema")):
+            if saved:
+                load_weights(target, saved[weights], out if resumed else cfg.init_from)
     weights, averages = list(net.parameters()), list(ema.parameters())
-    diffusion = Diffusion(cfg.T, cfg.schedule, device)
     optimizer = torch.optim.Adam(weights, cfg.lr, fused=True)
     amp = cfg.amp
     if amp == "auto":
@@ -634,186 +761,183 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16,
                               enabled=amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    if resume:
-        try:
-            net.load_state_dict(saved["model"])
-            ema.load_state_dict(saved["ema"])
-            optimizer.load_state_dict(saved["optimizer"])
-            if saved["scaler"]:
-                scaler.load_state_dict(saved["scaler"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{out}/ckpt.pt: its weights do not fit its config") from error
-        del saved
-
-    # --- data: decoded by one process a machine while the others wait
-
-    source = (cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir, cfg.cache_dir)
-    if world > 1:
-        start_group(device)
-        if local == 0:
-            load_images(*source)
-        dist.barrier()
-    images = some_of(load_images(*source), cfg.limit, cfg.seed)
-    kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
-    share = cfg.batch_size // world
-    mine = slice(rank * share, (rank + 1) * share)
-
-    def fetch(step):
-        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)[mine]
-        batch = training_images(images, index, kinds, cfg.noise_std, cfg.seed)
-        return batch.pin_memory() if cuda else batch
-
-    # --- run folder
-
-    log = out / "log.jsonl"
-    try:
-        if lead:
-            out.mkdir(parents=True, exist_ok=True)
-            for path in [*out.glob(".*.tmp"), *(run_files(out) if overwrite else [])]:
-                path.unlink()
-            if resume and log.exists():
-                trim_log(log, start)
-            (out / "config.json").write_text(json.dumps(vars(cfg), indent=2) + "\n")
-            some = np.arange(min(64, len(images)))
-            save_grid(to_uint8(training_images(images, some, kinds, cfg.noise_std, cfg.seed)),
-                      out / "data.png")
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
-    if resume:
+    if resumed:
+        with user_errors(KeyError, TypeError, ValueError, RuntimeError,
+                         prefix=f"{out}: its optimiser does not fit its config: "):
+            optimizer.load_state_dict(resumed["optimizer"])
+            if resumed["scaler"]:
+                scaler.load_state_dict(resumed["scaler"])
+        stored = resumed["config"]
         changed = [f"{key} {stored.get(key)} -> {value}" for key, value in vars(cfg).items()
                    if stored.get(key) != value]
         say("; ".join([f"resuming at step {start:,}", *changed]))
-    say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
-        f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std} and "
-        f"{np.sum(kinds == OUTLIER):,} replaced by noise (frozen, seed {cfg.seed}; see data.png)")
-    compiled = cuda if cfg.compile is None else cfg.compile
-    say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
-        f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
-        f"compile {'on' if compiled else 'off'}", flush=True)
-
-    # --- loop
-
-    if compiled:
-        net.compile()
-    perturbation = Perturbation(**{name: getattr(cfg, name)
-                                   for name in Perturbation.__dataclass_fields__})
+    del saved, resumed
+    fields = Perturbation.__dataclass_fields__
+    perturbation = Perturbation(**{key: value for key, value in vars(cfg).items()
+                                   if key in fields})
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
+    compiled = cuda if cfg.compile is None else cfg.compile
+    if compiled:
+        if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+            raise UserError("--compile needs a C++ compiler, and there is none: --no-compile")
+        net.compile(dynamic=False)  # One graph for each batch size: there are up to three.
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
+    say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
+         f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std} and "
+         f"{np.sum(kinds == OUTLIER):,} replaced by noise (frozen, seed {cfg.seed}; see data.png)")
+    say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
+         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
+         f"compile {'on' if compiled else 'off'}")
+
+    # --- run folder: claimed now, and written to once the first step has succeeded
+
+    log = out / "log.jsonl"
+    with agreed(world), user_errors(OSError, prefix=f"--out {out}: "):
+        if lead:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(out)  # noqa: F841  held until the process ends
+
+    def begin_run():
+        remove_leftovers(out)
+        for path in run_files(out) if args.overwrite else []:
+            path.unlink()
+        if args.resume:
+            drop_beyond(out, start)
+        write_json(out / "config.json", vars(cfg))
+        some = np.linspace(0, len(images) - 1, min(64, len(images))).astype(int)
+        save_grid(to_uint8(training_images(images, some, kinds, cfg.noise_std, cfg.seed)),
+                  out / "data.png")
+
+    # --- loop
+
     signals = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: signals.append(number))
+
+    def ask_to_stop(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # A second one ends the process at once.
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(name) != signal.SIG_IGN:  # As nohup sets it.
+            signal.signal(name, ask_to_stop)
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(fetch, start)
     step = kept = start
     recent, waited, stop = [], 0.0, False
-    began = mark = time.perf_counter()
+    last_vote, next_vote = start, start + 1
+    began = mark = voted = time.perf_counter()
 
     while step < cfg.steps and not stop:
         tic = time.perf_counter()
         batch = ahead.result()
         waited += time.perf_counter() - tic
         ahead = loader.submit(fetch, step + 1)
-        # stateless: all that is random in a step depends on (seed, rank, step): resume is exact.
-        # Flips, t and eps are drawn for the whole batch: they do not depend on the processes
-        torch.manual_seed(mix(STEP, cfg.seed, 0, step))
+        # All that is random in a step depends on (seed, rank, step): resume is exact. Flips, t
+        # and eps are drawn for the whole batch: they do not depend on the number of parts.
+        torch.manual_seed(seed_for(STEP, cfg.seed, 0, step))
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
-        x0 = batch.to(device, non_blocking=True)
-        if cfg.flip:
-            flipped = torch.rand(cfg.batch_size, 1, 1, 1, device=device)[mine] < 0.5
-            x0 = torch.where(flipped, x0.flip(-1), x0)
-        t = torch.randint(cfg.T, (cfg.batch_size,), device=device)[mine]
-        eps = torch.empty((cfg.batch_size, *x0.shape[1:]), device=device,
-                          memory_format=torch.channels_last).normal_()[mine]
-        parts = zip(*(whole.chunk(cfg.accum) for whole in (
-            x0.contiguous(memory_format=torch.channels_last), t, eps)))
+        flipped = torch.rand(cfg.batch_size, 1, 1, 1, device=device) < 0.5
+        t = stratified_t(cfg.batch_size, cfg.T, device)
+        eps = torch.empty((cfg.batch_size, *images.shape[1:]), device=device,
+                          memory_format=torch.channels_last).normal_()
+        mine = []
+        for i, x0 in enumerate(batch.to(device, non_blocking=True).chunk(cfg.accum)):
+            part = slice(rank + i * world, None, parts)
+            if cfg.flip:
+                x0 = torch.where(flipped[part], x0.flip(-1), x0)
+            mine.append((x0.contiguous(memory_format=torch.channels_last), t[part],
+                         eps[part].contiguous(memory_format=torch.channels_last)))
         if rank:
-            torch.manual_seed(mix(STEP, cfg.seed, rank, step))
+            torch.manual_seed(seed_for(STEP, cfg.seed, rank, step))
 
-        # the decay ramps up, so that a short run's average is not one of its first weights
-        decay = min(cfg.ema, (1 + step) / (10 + step))
-        figures = update(objective, list(parts), weights, averages, optimizer, scaler,
-                         autocast, cfg.grad_clip, decay)
+        # The decay ramps up, so that a short run's average is not one of its first weights. One
+        # that begins with another run's weights must not forget them.
+        decay = cfg.ema if cfg.init_from else min(cfg.ema, (1 + step) / (10 + step))
+        figures = update(objective, mine, weights, averages, optimizer, scaler, autocast,
+                         cfg.grad_clip, decay)
         recent.append(torch.stack(list(figures.values())))
         step += 1
 
+        # All ranks stop at the same step. To agree waits for the device, hence every few seconds.
         if world == 1:
             stop = bool(signals)
-        elif not cuda or step % 10 == 0:
-            # all ranks stop at the same step; on a GPU to agree costs a wait, hence every tenth
-            asked = torch.tensor(float(len(signals)), device=device)
-            dist.all_reduce(asked)
-            stop = asked.item() > 0
-        logs, saves, draws, monitors = (every and step % every == 0 for every in (
-            cfg.log_every, cfg.save_every, cfg.sample_every, cfg.monitor_every))
-        logs = logs or monitors  # the alarm is logged with the step that it is of
+        elif step == next_vote:
+            vote = torch.tensor([len(signals), time.perf_counter() - voted], device=device)
+            dist.all_reduce(vote)
+            stop = vote[0].item() > 0
+            every = max(1, int(3 * world * (step - last_vote) / vote[1].item()))
+            voted, last_vote, next_vote = time.perf_counter(), step, step + every
+        first = step == start + 1
+        logs, saves, draws = (every and step % every == 0 for every in (
+            cfg.log_every, cfg.save_every, cfg.sample_every))
         ends = stop or step == cfg.steps
-        # the figures stay on the device until something is due
-        if not (logs or saves or draws or ends or len(recent) % 100 == 0):
+        # The figures stay on the device until something is due.
+        if not (first or logs or saves or draws or ends or len(recent) % 100 == 0):
             continue
 
         table = torch.stack(recent)
         if world > 1:
             dist.all_reduce(table)
         table = (table / world).cpu()
-        # under fp16 the scaler skips a step whose gradient overflows
+        # Under fp16 the scaler skips a step whose gradient overflows.
         sound = table[:, 0].isfinite() & (table[:, -1].isfinite() | scaler.is_enabled())
-        if not sound.all():
-            bad = step - len(recent) + 1 + int(sound.int().argmin())
+        bad = None if sound.all() else step - len(recent) + 1 + int(sound.int().argmin())
+        saves = saves or draws or ends  # To draw may take longer than a cluster's patience.
+        if bad is None and saves and not still_sound((net, ema), diffusion, images.shape[1:],
+                                                     device):
+            bad = step
+        if bad is not None:
             good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
-            raise UserError(f"the loss or its gradient is not finite at step {bad}; last good "
-                            f"checkpoint: {good}")
-        alarm = {}
-        if monitors and lead:
-            tic = time.perf_counter()
-            # the first images as training sees them, the same at every call
-            watched = training_images(images, np.arange(min(16, len(images))), kinds,
-                                      cfg.noise_std, cfg.seed).to(device)
-            pairs = overfit(net, diffusion, watched, alarm_times(cfg.T), perturbation)
-            alarm = {"overfit": [pgd / own if own else None for pgd, own in pairs]}
-            mark += time.perf_counter() - tic
-        if logs:
+            raise UserError(f"the loss, its gradient or the prediction is not finite at step {bad};"
+                            f" last good checkpoint: {good}")
+        if first and lead:
+            begin_run()
+        if first or logs:
             spent = (time.perf_counter() - mark) / len(recent)
             means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
-            row = dict(zip(figures, means))
-            row = {"step": step, **row, "img_s": cfg.batch_size / spent, "s_step": spent,
-                   "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent,
-                   **alarm}
+            shown = dict(zip(figures, means))
+            finite = {name: mean if math.isfinite(mean) else None for name, mean in shown.items()}
+            row = {"step": step, **finite, "img_s": cfg.batch_size / spent,
+                   "s_step": spent, "data_wait": waited / len(recent) / spent,
+                   "eta_s": (cfg.steps - step) * spent}
             say(f"step {step:,}/{cfg.steps:,}  "
-                + "  ".join(f"{name} {row[name]:.4f}" for name in figures)
-                + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
-                + "".join(f"  overfit {max(r or 0 for r in value):.3f}" for value in alarm.values())
-                + f"  ETA {duration(row['eta_s'])}", flush=True)
-            if lead:
-                with open(log, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                 + "  ".join(f"{name} {mean:.4f}" for name, mean in shown.items())
+                 + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
+                 + f"  ETA {duration(row['eta_s'])}")
+        if logs and lead:
+            with open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
         if logs or len(recent) >= 1000:
             recent, waited, mark = [], 0.0, time.perf_counter()
         tic = time.perf_counter()
-        if (saves or ends) and lead:
+        if saves and lead:
             save_checkpoint(out, {
                 "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "config": vars(cfg)}, cfg.keep)
-        if saves or ends:
+                "config": vars(cfg), "data": data}, cfg.keep)
+        if saves:
             kept = step
         if (draws or cfg.sample_every and step == cfg.steps) and lead:
-            noise = image_noise(cfg.seed, range(64), images.shape[1:], device)
-            x = sample(ema, diffusion, noise, steps=min(50, cfg.T))
-            save_grid(to_uint8(x).cpu(), out / f"samples_{step:07d}.png")
-        mark += time.perf_counter() - tic  # a picture's time is not a step's
+            size = max(1, 64 * 64**2 // cfg.image_size**2)  # Large images need their memory.
+            drawn = draw_images(ema, diffusion, images.shape[1:], range(64), cfg.seed,
+                                steps=min(50, cfg.T), batch_size=min(64, size), device=device,
+                                title="samples")
+            save_grid(np.concatenate([part for _, part in drawn]),
+                      out / f"samples_{step:07d}.png")
+        mark += time.perf_counter() - tic  # A picture's time is not a step's.
 
     loader.shutdown()
     if world > 1:
         dist.destroy_process_group()
     if stop:
         number = signals[0] if signals else signal.SIGTERM
-        say(f"stopped by {signal.Signals(number).name} at step {step:,}; saved, --resume continues")
+        say(f"stopped by {signal.Signals(number).name} at step {step:,}; saved, "
+             "--resume continues")
         return 128 + number
     say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}; "
-        f"python sample.py {out} draws from it")
+         f"python sample.py {out} draws from it")
 
 
 if __name__ == "__main__":

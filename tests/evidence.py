@@ -1,18 +1,20 @@
-"""The paper's claims on real images at the scale of a CPU; not run by the tests.
+"""The paper's claims on real images at the scale of one small machine; not run by the tests.
 
-    python tests/evidence.py --list                    the studies, their runs, what they would take
-    python tests/evidence.py headline --workers 2      trains, draws and measures what is missing
-    python tests/evidence.py headline --tables         prints the table of what is there
-    python tests/evidence.py headline --picture a.png  puts its images together
-    python tests/evidence.py headline --rows dsm --seeds 0          one cell of it
+    python tests/evidence.py --list                       the studies and what they would take
+    python tests/evidence.py headline --workers 2         train, draw and measure what is missing
+    python tests/evidence.py headline --record            the same, and keep it in assets/results.*
+    python tests/evidence.py headline --tables            print the table of what is there
+    python tests/evidence.py headline --picture a.png     put its images together
+    python tests/evidence.py headline --rows dsm --seeds 0 --columns noise.2      one cell of it
+    python tests/evidence.py --render                     results.md anew from results.json
 
-A run is `train.py` on Fashion-MNIST at 16x16 (60,000 real images, area-downsampled) with a network
-of 1.1 M parameters, then a command of `evaluate.py` on EMA weights. Each lives in
-OUT/<column>/<row>-<seed>, with its log and <command>-<steps>-<num>.json, from which the tables are
-printed. Stopped, it goes on where it was; the studies share runs, and one of more steps continues
-those of fewer, but not the other way round: run them in the order of --list.
-The Frechet distance and KID look at the features of a small classifier, which is trained first, on
-the clean labelled images: OUT/classifier.pt. They compare with nothing published.
+A run is `train.py` with a network of 1.1 M parameters on Fashion-MNIST at 16x16 (60,000 images,
+area-downsampled), or on CIFAR-10, and then a command of `evaluate.py` on the EMA weights. Each
+lives in OUT/<column>/<row>-<seed>, with its log and <command>-<steps>-<num>.json. A driver that was
+stopped goes on where it was. The studies share runs, and one of more steps continues those of
+fewer, but not the other way round: run them in the order of --list. The Frechet distance and KID
+look at the features of a small classifier, OUT/classifier.pt, which is trained first on the clean
+labelled images. They compare with nothing published.
 """
 
 import argparse
@@ -21,7 +23,6 @@ import itertools
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import warnings
@@ -36,123 +37,117 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from evaluate import check_writable, listed, png  # noqa: E402
 from losses import Perturbation, forward_units  # noqa: E402
-from model import UserError, read_checkpoint, run_cli  # noqa: E402
-from sample import Parser, number, write_atomically  # noqa: E402
-from train import ArrayUnpickler, find_source, load_images, open_cifar, open_idx  # noqa: E402
+from model import read_checkpoint  # noqa: E402
+from sample import (Parser, UserError, check_writable, comma_list, number, run_cli,  # noqa: E402
+                    user_errors, write_atomically, write_json)
+from train import load_images, open_source  # noqa: E402
 
+RESULTS = ROOT / "assets/results.json"
 COMMON = ("--image_size 16 --channels 32 --mult 1,2,2 --blocks 1 --attention 8 --dropout 0 "
-          "--batch_size 64 --lr 1e-3 --warmup 200 --ema 0.999 --log_every 50 "
-          "--sample_every 0 --save_every 250")
+          "--batch_size 64 --lr 1e-3 --warmup 200 --ema 0.999 --amp off "
+          "--log_every 50 --sample_every 0 --save_every 250")
 FASHION = "fashion_mnist"
-# column: the training set
+
+# ---------- What is run. A column is a training set, a row is what differs in the training:
+# name: (what a reader is told, flags of train.py)
 COLUMNS = {
-    "clean": {},
-    "noise.1": {"noise_p": 0.9, "noise_std": 0.1},
-    "noise.2": {"noise_p": 0.9, "noise_std": 0.2},
-    "outliers": {"outlier_p": 0.1},
-    # as many images as noise.2 leaves clean, a draw of their own; measured against all
-    "tenth": {"limit": 6000},
-    "few": {"limit": 200},
-    "cifar10": {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2},
+    "clean": ("clean data", {}),
+    "noise.1": ("90 % noisy, std .1", {"noise_p": 0.9, "noise_std": 0.1}),
+    "noise.2": ("90 % noisy, std .2", {"noise_p": 0.9, "noise_std": 0.2}),
+    "outliers": ("10 % outliers", {"outlier_p": 0.1}),
+    # As many images as noise.2 leaves clean, a draw of their own, measured against all of them.
+    "tenth": ("6000 clean images alone", {"limit": 6000}),
+    "few": ("200 clean images", {"limit": 200}),
+    "cifar10": ("CIFAR-10, 90 % noisy, std .2",
+                {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2}),
 }
-# row: the objective and what of it, or of the training set, differs
+LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
+# `init_from` names another row: its network is trained for 80 % of the steps and then fine-tuned.
 ROWS = {
-    "dsm": {"mode": "dsm"},
-    "random": {"mode": "random"},
-    "random_1": {"mode": "random", "lam": 1},
-    "random_3": {"mode": "random", "lam": 3},
-    "adv": {"mode": "adv"},
-    "adv_epsilon": {"mode": "adv", "reading": "epsilon"},
-    "adv_l2": {"mode": "adv", "ascent_norm": "l2"},
-    "adv_l2x3": {"mode": "adv", "ascent_norm": "l2", "ascent_steps": 3},
-    "invariant": {"mode": "invariant"},
+    "dsm": ("dsm (plain)", {"mode": "dsm"}),
+    "random": ("random", {"mode": "random"}),
+    "random_lam1": ("random, lambda 1", {"mode": "random", "lam": 1}),
+    "adv": ("adv (the paper's)", {"mode": "adv"}),
+    "adv_low": ("adv, lowest tenth of t", LOW),
+    "adv_low_lam0.1": ("adv, lowest tenth of t, lambda .1", {**LOW, "lam": 0.1}),
+    "adv_low_lam1": ("adv, lowest tenth of t, lambda 1", {**LOW, "lam": 1}),
+    "adv_low_0.3": ("adv, lowest 30 % of t", {**LOW, "reg_t": 0.3}),
+    "adv_share": ("adv, random 30 %", SHARE),
+    "adv_l2_share": ("adv, l2, random 30 %", {**SHARE, "ascent_norm": "l2"}),
+    "adv_epsilon_share": ("adv, reading epsilon, random 30 %", {**SHARE, "reading": "epsilon"}),
+    "invariant_share": ("invariant, random 30 %", {"mode": "invariant", "reg_share": 0.3}),
+    "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
+    "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
+    "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
-# with the penalty on 30 % of each batch: for the sign step 4.5 forward-units instead of 8
-ROWS |= {f"{row}_share": {**ROWS[row], "reg_share": 0.3}
-         for row in ("adv", "adv_epsilon", "adv_l2", "adv_l2x3", "invariant")}
-# on the tenth of each batch that has the smallest t, or on 30 %, or with other weights
-ROWS |= {f"{row}_low": {**ROWS[row], "reg_share": 0.1, "reg_low": True}
-         for row in ("adv", "adv_l2", "adv_l2x3")}
-ROWS |= {"adv_low_0.3": {**ROWS["adv_low"], "reg_share": 0.3}}
-ROWS |= {f"adv_{lam}_low": {**ROWS["adv_low"], "lam": lam} for lam in (0.1, 1)}
-# plain until 80 % of the steps, then `late`
-ROWS |= {"adv_late": {"mode": "dsm", "late": ROWS["adv"]},
-         "adv_late_share": {"mode": "dsm", "late": ROWS["adv_share"]},
-         "adv_late_low": {"mode": "dsm", "late": ROWS["adv_low"]}}
-# a tenth of the learning rate in the last fifth
-ROWS |= {f"{row}_cool": {**ROWS[row], "late": {**ROWS[row], "lr": 1e-4, "ema": 0.995}}
-         for row in ("dsm", "adv_low")}
-# command of evaluate.py: its flags, at most so many images, what is printed of its JSON (of few
-# images KID, since the Frechet distance depends on their number)
-QUALITY = ["residual_noise", "noise_images", "pixel_std", "brightness_std", "fid", "kid_mean",
-           "precision", "recall"]
+# Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
+# Of few images KID is taken, since the Frechet distance depends on their number.
+FIGURES = {"residual_noise": "noise left", "noise_images": "noise images", "pixel_std": "pixel std",
+           "brightness_std": "brightness std", "fid": "FD", "kid_mean": "KID",
+           "precision": "precision", "recall": "recall"}
+FEW = {key: FIGURES[key] for key in ("residual_noise", "pixel_std", "kid_mean")}
 COMMANDS = {
-    "quality": ("--steps 50", 2000, QUALITY),
+    "quality": ("--steps 50", 2000, FIGURES),
     "memorization": ("--steps 50 --features pixels", 2000,
-                     ["set", "copied", "d1", "d1/d2", "similar 50%", "> 0.95", "> 0.99"]),
+                     {"set": "set", "copied": "copied", "d1": "d1", "d1/d2": "d1/d2",
+                      "similar 50%": "similarity", "> 0.95": "above .95", "> 0.99": "above .99"}),
     "steps": ("--steps 100,30,10 --sampler ddpm,ddim --spacing respaced,naive", 500,
-              ["sampler", "spacing", "steps", "residual_noise", "pixel_std", "kid_mean"]),
+              {"sampler": "sampler", "spacing": "spacing", "steps": "sampling steps", **FEW}),
     "attack": ("--steps 20 --norm l2 --budget 0.1", 250,
-               ["attack", "residual_noise", "pixel_std", "kid_mean", "mse", "norm_max"]),
+               {"attack": "attack", **FEW, "mse": "mse", "norm_max": "largest push"}),
 }
-NAMES = {"residual_noise": "noise left", "noise_images": "noise images", "pixel_std": "pixel std",
-         "brightness_std": "brightness std", "fid": "FD", "kid_mean": "KID"}
-# study: command, columns, rows, seeds, training steps
+# study: (command, columns, rows, seeds, training steps)
 STUDIES = {
-    "frontier": ("quality", ["noise.2"],
-                 ["dsm", "adv_low", "adv_share", "adv", "adv_l2_share", "random", "random_1",
-                  "random_3", "adv_low_0.3", "adv_0.1_low", "adv_1_low", "adv_l2_low",
-                  "adv_l2x3_low"], [0], 2000),
-    "readings": ("quality", ["noise.2"],
-                 ["dsm", "adv_share", "adv_epsilon_share", "adv_l2_share", "adv_l2x3_share",
-                  "invariant_share"], [0], 2000),
+    "frontier": ("quality", ["noise.2"], [row for row in ROWS if "late" not in row], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
-              ["dsm", "adv_low", "adv_share", "adv_l2_share", "adv", "random"], [0], 2000),
+              ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
-    "headline": ("quality", ["noise.2"],
-                 ["dsm", "random", "adv", "adv_low", "adv_share", "adv_late", "adv_late_share"],
-                 [0, 1], 5000),
-    "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 5000),
-    "attack": ("attack", ["noise.2"], ["dsm", "adv"], [0], 5000),
+    "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
-    "cifar10": ("quality", ["cifar10"], ["dsm", "adv_share", "adv_low"], [0], 5000),
-    "cool": ("quality", ["cifar10", "noise.2"], ["dsm_cool", "adv_low_cool"], [0], 6250),
+    "headline": ("quality", ["noise.2"], ["dsm", "random", "adv", "adv_low", "adv_share",
+                                          "adv_late", "adv_late_share"], [0, 1], 5000),
+    "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 5000),
+    "cifar10": ("quality", ["cifar10"], ["dsm", "adv_low", "adv_share"], [0], 5000),
 }
+
+
+LABELS = {name: label for name, (label, _) in (COLUMNS | ROWS).items()}
 
 
 def units(row):
-    """Forwards that a training step of the row takes, see `losses.forward_units`."""
-    def cost(mode, late=None, lr=None, ema=None, **settings):
-        own = forward_units(mode, Perturbation(**settings))
-        return 0.8 * own + 0.2 * cost(**late) if late else own
+    """Forward-units of a training step of the row, in the mean over a run."""
+    settings = dict(ROWS[row][1])
+    start = settings.pop("init_from", None)
+    own = forward_units(settings.pop("mode"), Perturbation(**settings))
+    return 0.8 * units(start) + 0.2 * own if start else own
 
-    return cost(**ROWS[row])
+
+# ---------- The classifier whose features the distances take
 
 
 def source(dataset, args):
     """What names the data set to the scripts: {flag: value}."""
-    flags = {"data_dir": args.cifar10_dir if dataset == "cifar10" else args.data_dir,
-             "cache_dir": args.cache_dir}
+    folder = args.cifar10_dir if dataset == "cifar10" else args.data_dir
+    flags = {"data_dir": folder, "cache_dir": args.cache_dir}
     return {flag: value for flag, value in flags.items() if value}
 
 
 def labels(dataset, folder, split):
     """The published classes, int64 (N,), in the order of the images; UserError: not there."""
-    files, reader = find_source(dataset, Path(folder), split)
-    if reader is open_idx:
-        files = [file.with_name(file.name.replace("images-idx3", "labels-idx1")) for file in files]
-        if not files[0].exists():
-            raise UserError(f"{files[0]} is not there")
+    if dataset == FASHION:
+        name = f"{'train' if split == 'train' else 't10k'}-labels-idx1-ubyte.gz"
+        files = sorted(Path(folder).rglob(name))
+        if not files:
+            raise UserError(f"{name} is not in {folder}")
         with gzip.open(files[0]) as file:
             return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=8).astype(int))
-    if reader is open_cifar:
-        batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
-        return torch.tensor([label for batch in batches for label in batch[b"labels"]])
-    # a folder or zip with one folder for each class
-    names, numbers = np.unique([Path(item).parent.name for item in reader(files)[0]],
-                               return_inverse=True)
+    items = open_source(dataset, Path(folder), split).items
+    if not isinstance(items[0], (str, Path)):
+        from torchvision.datasets import CIFAR10
+        return torch.tensor(CIFAR10(folder, split == "train").targets)
+    # A folder or a zip has one folder for each class.
+    names, numbers = np.unique([Path(item).parent.name for item in items], return_inverse=True)
     if len(names) != 10:
         raise UserError(f"{folder}: {dataset} has a folder for each of 10 classes, here are "
                         f"{len(names)}")
@@ -177,34 +172,39 @@ class Classifier(nn.Module):
 
 
 def classifier(dataset, args):
-    """Path of the data set's classifier, TorchScript, trained where it is not there yet."""
+    """Path of the data set's classifier, TorchScript; it is trained where it is not there yet."""
     path = args.out / ("classifier.pt" if dataset == FASHION else f"classifier-{dataset}.pt")
     if path.exists():
         return path
-    channels, where = 1 if dataset == FASHION else 3, source(dataset, args)
-    folder = where.get("data_dir", f"data/{dataset}")
-    images = torch.from_numpy(np.array(load_images(dataset, 16, channels, **where)))
-    truth = labels(dataset, folder, "train")
+    where = source(dataset, args)
+
+    def load(split):
+        images = np.array(load_images(dataset, 16, channels, **where, split=split))
+        truth = labels(dataset, where.get("data_dir", f"data/{dataset}"), split)
+        return torch.from_numpy(images).expand(-1, 3, -1, -1), truth
+
+    channels = 1 if dataset == FASHION else 3
+    images, truth = load("train")
     torch.manual_seed(0)
     net = Classifier(channels)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(5):
         for index in torch.randperm(len(images)).split(128):
-            x = images[index].expand(-1, 3, -1, -1)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x)[1], truth[index]).backward()
+            nn.functional.cross_entropy(net(images[index])[1], truth[index]).backward()
             optimizer.step()
     net.eval()
-    # a zip or folder of images is one split, it has no others to test with
-    sources = [find_source(dataset, Path(folder), split)[0] for split in ("train", "test")]
-    split = "train" if sources[0] == sources[1] else "test"
+    # CIFAR-10 may be a zip or a folder of images, which has no other split to test with.
+    split = "test" if dataset == FASHION else "train"
+    images, truth = load(split)
     with torch.no_grad():
-        test = torch.from_numpy(np.array(load_images(dataset, 16, channels, **where, split=split)))
-        right = net(test.expand(-1, 3, -1, -1))[1].argmax(1) == labels(dataset, folder, split)
+        right = torch.cat([net(part)[1].argmax(1) for part in images.split(1000)]) == truth
     write_atomically(path, torch.jit.script(net).save)
     print(f"{path}: {right.double().mean():.3f} of the {split} images right", flush=True)
     return path
 
+
+# ---------- Runs
 
 running = set()
 
@@ -222,130 +222,248 @@ def call(script, *argv, log):
         raise UserError(f"{script} failed with status {code}: see {log}")
 
 
-def measured(column, row, seed, args):
+def commit():
+    """The short hash of the code's commit, with a + if tracked code differs from it."""
+    def git(*argv):
+        return subprocess.run(["git", "-C", ROOT, *argv], capture_output=True, text=True,
+                              check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("diff", "HEAD", "--", "*.py"))
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        return "unknown"
+
+
+def train(column, row, steps, seed, folder, args):
+    """Train a run to `steps`, as far as that is not done, and first what it starts from."""
+    flags = {"dataset": FASHION, **COLUMNS[column][1], **ROWS[row][1], "seed": seed}
+    flags |= {"device": args.device, **source(flags["dataset"], args)}
+    start = flags.pop("init_from", None)
+    if start:
+        first = steps * 4 // 5
+        flags["init_from"] = folder.with_name(f"{folder.name}-start")
+        train(column, start, first, seed, flags["init_from"], args)
+        steps -= first
+    saved = 0
+    if (folder / "ckpt.pt").exists():
+        with user_errors(ValueError):
+            saved = read_checkpoint(folder)["step"]
+    if saved > steps:
+        raise UserError(f"{folder} is at step {saved}, beyond {steps}: studies of fewer steps come "
+                        "first, or take another --out")
+    if saved:
+        flags.pop("init_from", None)
+    if saved < steps:
+        how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
+        call("train.py", "--out", folder, "--steps", steps, *how,
+             *(f"--{name}={value}" for name, value in flags.items()), log=f"{folder}.log")
+
+
+def result_path(column, row, seed, args):
     """Where the figures of a run are, once it is done."""
     num = min(args.num, COMMANDS[args.command][1])
-    # a late start fits one number of steps: another's run does not go on from it
-    name = f"{row}_{args.steps}" if "late" in ROWS[row] else row
+    # A late start fits one number of steps: that of another number does not go on from it.
+    name = f"{row}_{args.steps}" if "init_from" in ROWS[row][1] else row
     return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}.json"
 
 
-def do(run, args):
-    """Train and measure one (column, row, seed), as far as that is not done."""
+def run_one(run, args):
+    """Train and measure one (column, row, seed), as far as that is not done; its error, or None."""
     column, row, seed = run
-    result = measured(*run, args)
-    if result.exists():
-        return
-    folder = result.parent
-    print(f"{column} {row} seed {seed}: begun", flush=True)
+    path = result_path(*run, args)
+    if path.exists():
+        return None
+    title, made_at, folder = " ".join(map(str, run)), commit(), path.parent
+    print(f"{title}: begun", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.parent / f"{folder.name}.log"
-    flags = {"dataset": FASHION, **COLUMNS[column], **ROWS[row], "seed": seed}
-    late = flags.pop("late", None)
-    where = source(flags["dataset"], args)
-    flags |= where
-    stages = [(args.steps, {})]
-    if late:
-        stages = [(args.steps * 4 // 5, {}), (args.steps, late)]
-    for last, change in stages:
-        saved = read_checkpoint(folder)["step"] if (folder / "ckpt.pt").exists() else 0
-        if saved > args.steps:
-            raise UserError(f"{folder} is at step {saved}, beyond --steps {args.steps}: studies of "
-                            "fewer steps come first, or take another --out")
-        if saved < last:
-            how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
-            how += [f"--{name}" if value is True else f"--{name}={value}"
-                    for name, value in (flags | change).items()]
-            call("train.py", "--out", folder, "--steps", last, *how, log=log)
-    extra, most, _ = COMMANDS[args.command]
-    own = {"num": min(args.num, most), "seed": seed, "json": result,
-           "png": result.with_suffix(".png"), **where}
-    if args.command == "memorization":
-        own["holdout"] = flags["dataset"]
-    else:
-        own["features"] = args.classifiers[flags["dataset"]]
-    call("evaluate.py", args.command, folder, *extra.split(),
-         *(f"--{name}={value}" for name, value in own.items()), log=log)
-    print(f"{column} {row} seed {seed}: done", flush=True)
-
-
-def attempt(run, args):
-    """`do`; one run that fails does not end the others, its error is returned."""
     try:
-        do(run, args)
-    except UserError as error:
-        return f"{' '.join(map(str, run))}: {error}"
+        train(column, row, args.steps, seed, folder, args)
+        extra, most, _ = COMMANDS[args.command]
+        dataset = COLUMNS[column][1].get("dataset", FASHION)
+        flags = {"num": min(args.num, most), "seed": seed, "json": path, "device": args.device,
+                 "png": path.with_suffix(".png"), **source(dataset, args)}
+        if args.command == "memorization":
+            flags["holdout"] = dataset
+        else:
+            flags["features"] = args.classifiers[dataset]
+        call("evaluate.py", args.command, folder, *extra.split(),
+             *(f"--{name}={value}" for name, value in flags.items()), log=f"{folder}.log")
+    except UserError as error:  # one run that fails does not end the others
+        return f"{title}: {error}"
+    data = json.loads(path.read_text())
+    data["provenance"]["commit"] = made_at
+    write_json(path, data)
+    print(f"{title}: done", flush=True)
+    return None
 
 
-def spread(values):
-    """Mean, and standard deviation where there are several; a text or whole number as it is."""
-    if not isinstance(values[0], float):
-        return str(values[0])
-    found = [statistics.mean(values)]
-    if len(values) > 1:
-        found.append(statistics.stdev(values))
-    return " +- ".join(f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2g}" for value in found)
+# ---------- Results: a list of records {study, heading, title, command, columns, rows}, some
+# with a picture. A row is
+# {column: figure}; a figure is a number, a text or [mean, std]. What a row was made by lies in its
+# "provenance"; one without it was typed back from a README, and its JSON is lost.
+
+ABOUT = ("commit", "num", "sampler", "steps", "spacing", "seed", "weights", "weights_sha256",
+         "features", "reference", "reference_num", "kid_subset", "norm", "budget", "attack_steps",
+         "share", "eot")
+INTRO = """# Every figure that was measured
+
+Rendered from results.json by `python tests/evidence.py --render`: edit that file, not this one.
+"made at" is the commit of the code. A row without one, or a table without that column, was typed
+back from the README of commit cfc9b3f: its JSON is lost, and it goes when it is run again.
+"""
 
 
-def table(args):
-    """The study's runs that are measured, as a markdown table: means over the seeds."""
-    shown = COMMANDS[args.command][2]
-    lines = [["trained on", "row", "seeds", "forward-units",
-              *(NAMES.get(name, name) for name in shown)]]
-    lines.append(["---"] * len(lines[0]))
-    for column in args.columns:
-        data = [None] * len(shown)
-        for row in args.rows:
-            files = {seed: measured(column, row, seed, args) for seed in args.seeds}
-            found = {seed: json.loads(file.read_text())
-                     for seed, file in files.items() if file.exists()}
-            for same in zip(*(one.get("rows", [one]) for one in found.values())):
-                # a result older than a figure has none
-                cells = ["" if any(name not in figures for figures in same) else
-                         spread([figures[name] for figures in same]) for name in shown]
-                seeds = ", ".join(map(str, found))
-                lines.append([column, row, seeds, f"{units(row):.3g}", *cells])
-                data = [x if x is not None else same[0].get(f"{name}_reference")
-                        for x, name in zip(data, shown)]
-        if any(data):
-            lines.append([column, "clean images", "", "",
-                          *("" if x is None else spread([x]) for x in data)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def collect(args):
+    """The rows of the runs that are measured, and of the clean images that each looked at."""
+    rows, seen, names = [], set(), COMMANDS[args.command][2]
+    for column, row, seed in itertools.product(args.columns, args.rows, args.seeds):
+        path = result_path(column, row, seed, args)
+        if not path.exists():
+            continue
+        data = json.loads(path.read_text())
+        found = data.get("rows", [data])
+        about = {key: data["provenance"][key] for key in ABOUT if key in data["provenance"]}
+        clean = {name: found[0][f"{key}_reference"] for key, name in names.items()
+                 if f"{key}_reference" in found[0]}
+        if clean and column not in seen:
+            seen.add(column)
+            rows.append({"trained on": column, "row": "clean images", **clean, "provenance": about})
+        for one in found:
+            figures = {name: one[key] for key, name in names.items() if key in one}
+            rows.append({"trained on": column, "row": row, "training steps": args.steps,
+                         "seed": seed, "forward-units": round(units(row), 3), **figures,
+                         "provenance": about})
+    return rows
+
+
+def identity(row):
+    """What tells the rows of one run from those of another."""
+    return [row.get(name) for name in ("trained on", "row", "training steps", "seed")]
+
+
+def order(row):
+    """The sorting key of a row: the data, its clean images first, then as ROWS has them."""
+    places = {name: place for place, name in enumerate(["clean images", *ROWS])}
+    return ([*COLUMNS, row["trained on"]].index(row["trained on"]),
+            places.get(row["row"], len(places)), row.get("seed", 0))
+
+
+def record(args):
+    """Put the study's rows into results.json, in place of what it has of the same runs."""
+    rows, records = collect(args), json.loads(RESULTS.read_text())
+    known = next((one for one in records if one["study"] == args.study), None)
+    if known is None:
+        raise UserError(f"{RESULTS} has no record {args.study}: add one, its rows empty")
+    new = [identity(row) for row in rows]
+    old = [row for row in known["rows"] if identity(row) not in new]
+    known["rows"] = sorted(old + rows, key=order)
+    write_atomically(RESULTS, lambda path: path.write_text(dump(records)))
+    render()
+
+
+def dump(records):
+    """The text of results.json: one line for each row, so that a difference shows what changed."""
+    blocks = []
+    for one in records:
+        head = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in one.items()
+                if key != "rows"]
+        rows = ",\n".join(f"   {json.dumps(row)}" for row in one["rows"])
+        blocks.append(" {\n" + ",\n".join([*head, '  "rows": [\n' + rows + "\n  ]"]) + "\n }")
+    return "[\n" + ",\n".join(blocks) + "\n]\n"
+
+
+def render():
+    """Write results.md from results.json."""
+    text = rendered(json.loads(RESULTS.read_text()))
+    write_atomically(RESULTS.with_suffix(".md"), lambda path: path.write_text(text))
+
+
+def rendered(records):
+    """The text of results.md."""
+    parts = [INTRO]
+    for title, known in (("trained on", COLUMNS), ("row", ROWS)):
+        lines = []
+        for name, (label, flags) in known.items():
+            flags = " ".join(f"--{flag} {value}" for flag, value in flags.items())
+            lines.append([label, f"`{name}`", f"`{flags}`" if flags else ""])
+        parts.append(markdown([title, "its name in evidence.py", "flags of train.py"], lines))
+    for one in records:
+        command = f" `{one['command']}`" if one["command"] else ""
+        parts.append(f"## {one['heading']}\n\n{one['title']}{command}\n")
+        if "picture" in one:
+            parts.append(f"![{one['heading']}]({one['picture']})\n")
+        parts.append(table(one["columns"], one["rows"]))
+    return "\n".join(parts)
+
+
+def table(columns, rows):
+    """A markdown table of rows: columns without any figure are left out."""
+    lines = []
+    for row in rows:
+        about = row.get("provenance", {})
+        names = {name: LABELS.get(row[name], row[name]) for name in ("trained on", "row")
+                 if name in row}
+        lines.append({**row, **names, "made at": about.get("commit", about.get("source"))})
+    used = [name for name in [*columns, "made at"]
+            if any(line.get(name) is not None for line in lines)]
+    return markdown(used, [[cell(line.get(name)) for name in used] for line in lines])
+
+
+def cell(value):
+    """A figure as text: three decimals, two from 10 on, two digits below .01."""
+    if isinstance(value, list):
+        return " +- ".join(map(cell, value))
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
+    return f"{round(value, 3 if abs(value) < 10 else 2):g}"
+
+
+def markdown(head, lines):
+    """A markdown table of texts."""
+    lines = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+# ---------- Pictures
 
 
 def picture(args):
-    """The images of the first seed's runs, one below the other with their names, as one PNG.
+    """The images of the first column and seed, one run below the other, as one labelled PNG.
 
-    Above those of a column training images, as its first run saw them.
+    The attack's have a row for each attack; above the others are the training images.
     """
     parts = []
-    for column in args.columns:
-        seen = False
-        for row in args.rows:
-            result = measured(column, row, args.seeds[0], args)
-            drawn = result.with_suffix(".png")
-            if not drawn.exists():
-                continue
-            if args.command == "quality" and not seen:
-                parts.append(([f"{column}: trained on"], first_tiles(result.parent / "data.png")))
-                seen = True
-            names = [f"{column}: {row}"]
-            if args.command == "attack":
-                attacks = json.loads(result.read_text())["rows"]
-                names = [f"{row}\n{one['attack']}" for one in attacks]
-            parts.append((names, Image.open(drawn)))
+    for row in args.rows:
+        result = result_path(args.columns[0], row, args.seeds[0], args)
+        if not result.exists():
+            continue
+        names = [LABELS[row]]
+        if args.command == "attack":
+            attacks = json.loads(result.read_text())["rows"]
+            names = [f"{LABELS[row]}:\n{one['attack']}" for one in attacks]
+        elif not parts:
+            parts.append((["training data"], first_tiles(result.parent / "data.png")))
+        parts.append((names, Image.open(result.with_suffix(".png"))))
     if not parts:
         raise UserError(f"no pictures of {args.study} in {args.out}")
-    margin = 170
-    whole = Image.new("RGB", (margin + max(part.width for _, part in parts),
-                              sum(part.height for _, part in parts)), "white")
+    labelled(parts).save(args.picture, optimize=True)
+
+
+def labelled(parts, margin=190, width=802):
+    """[(labels, image with 50 pixels for each)] as one image with the labels on the left.
+
+    width: of 16 tiles; what an image has on the left of these, evaluate.py's labels, is cut off.
+    """
+    whole = Image.new("RGB", (margin + width, sum(part.height for _, part in parts)), "white")
     pen, font, top = ImageDraw.Draw(whole), ImageFont.load_default(13), 0
     for names, part in parts:
+        whole.paste(part.crop((part.width - width, 0, part.width, part.height)), (margin, top))
         for k, name in enumerate(names):
-            pen.text((4, top + 50 * k + 12), name, fill="black", font=font)
-        whole.paste(part, (margin, top))
+            pen.text((4, top + 50 * k + 26), name, fill="black", font=font, anchor="lm")
         top += part.height
-    whole.save(args.picture, optimize=True)
+    return whole
 
 
 def first_tiles(path):
@@ -358,22 +476,27 @@ def first_tiles(path):
     return strip
 
 
+# ---------- Command line
+
+
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("study", nargs="?", choices=list(STUDIES), default="frontier",
-                   help="see --list (frontier)")
-    p.add_argument("--list", action="store_true", help="show the studies' runs, run nothing")
+    p.add_argument("study", nargs="?", choices=list(STUDIES), default="frontier", help="see --list")
+    p.add_argument("--list", action="store_true", help="show the studies, run nothing")
+    p.add_argument("--render", action="store_true", help="write results.md anew, run nothing")
     p.add_argument("--tables", action="store_true", help="print the table, run nothing")
-    p.add_argument("--picture", type=png, help="put its images together as a PNG, run nothing")
-    for flag, kind in (("columns", listed(str, *COLUMNS)), ("rows", listed(str, *ROWS)),
-                       ("seeds", listed(number(int, 0)))):
-        p.add_argument(f"--{flag}", type=kind, help="only these, commas between (the study's)")
+    p.add_argument("--record", action="store_true", help="keep the rows in assets/results.json")
+    p.add_argument("--picture", type=Path, help="PNG to put its images into, run nothing")
+    p.add_argument("--columns", type=comma_list(str, *COLUMNS), help="only these (the study's)")
+    p.add_argument("--rows", type=comma_list(str, *ROWS), help="only these (the study's)")
+    p.add_argument("--seeds", type=comma_list(number(int, 0)), help="only these (the study's)")
     p.add_argument("--steps", type=number(int, 1), help="training steps (the study's)")
     p.add_argument("--num", type=number(int, 10), default=2000,
                    help="images to measure (2000; at most 500 for few_steps, 250 for attack)")
     p.add_argument("--workers", type=number(int, 1), default=torch.get_num_threads(),
                    help="runs side by side, one thread each (one a core)")
+    p.add_argument("--device", default="auto", help="of training and measuring (auto)")
     p.add_argument("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
     p.add_argument("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
     p.add_argument("--cache_dir", help="folder of the decoded images; else beside the data")
@@ -387,46 +510,48 @@ def parse_args(argv=None):
     return args
 
 
+def run_all(args):
+    """Train and measure what is missing of the study; the errors of the runs that failed."""
+    check_writable(args.out / "classifier.pt")
+    datasets = {COLUMNS[column][1].get("dataset", FASHION) for column in args.columns}
+    args.classifiers = {dataset: classifier(dataset, args) for dataset in datasets
+                        if args.command != "memorization"}
+    runs = [(column, row, seed)
+            for seed in args.seeds for column in args.columns for row in args.rows]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with ThreadPool(args.workers) as pool:
+            return [*filter(None, pool.imap_unordered(lambda run: run_one(run, args), runs))]
+    finally:
+        for process in list(running):  # a run without its driver would meet the next one's
+            process.terminate()
+            process.wait()
+
+
 def main(argv=None):
     """Entry point; see the module's docstring."""
-    # a TorchScript file is what evaluate.py reads, deprecated or not
+    # evaluate.py reads a TorchScript file, deprecated or not.
     warnings.filterwarnings("ignore", ".*torch.jit.script")
     args = parse_args(argv)
     if args.list:
-        trained = {}
         for study, (command, columns, rows, seeds, steps) in STUDIES.items():
-            total = 0
-            for run in itertools.product(columns, rows, seeds):
-                # what an earlier study has trained is there
-                total += units(run[1]) * max(0, steps - trained.get(run, 0))
-                trained[run] = max(steps, trained.get(run, 0))
+            total = sum(units(row) for row in rows) * len(columns) * len(seeds) * steps
             print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; seeds {seeds}; {steps} steps "
-                  f"of 64; `{command}`; {total:,.0f} forwards of 64 images")
+                  f"of 64; `{command}`; {total:,.0f} forward-units if nothing is there yet")
         return
+    if args.render:
+        return render()
     if args.picture:
-        check_writable(args.picture)
         return picture(args)
-    failed = []
-    if not args.tables:
-        check_writable(args.out / "classifier.pt")
-        args.classifiers = {dataset: classifier(dataset, args) for dataset in {
-            COLUMNS[column].get("dataset", FASHION) for column in args.columns}
-            if args.command != "memorization"}
-        runs = [(column, row, seed)
-                for seed in args.seeds for column in args.columns for row in args.rows]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        try:
-            with ThreadPool(args.workers) as pool:
-                failed = [*filter(None, pool.imap_unordered(lambda run: attempt(run, args), runs))]
-        finally:
-            for process in list(running):  # a run without its driver would meet the next one's
-                process.terminate()
-                process.wait()
-        for text in failed:
-            print(text, file=sys.stderr)
-    print(table(args))
+    failed = [] if args.tables else run_all(args)
+    rows = collect(args)
+    columns = max(rows, key=len, default=())
+    columns = [name for name in columns if name != "provenance"]
+    print(table(columns, rows) if rows else "nothing is measured yet")
+    if args.record:
+        record(args)
     if failed:
-        raise UserError(f"{len(failed)} runs failed, see above")
+        raise UserError("\n".join([*failed, f"{len(failed)} runs failed"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The driver of the README's results: its figures are those of the JSON files, its runs resume."""
+"""The driver of the results: the flags it gives, what it records, and the committed results."""
 
 import gzip
 import json
@@ -6,16 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import script
 from PIL import Image
 
+import evaluate
 import evidence
+import train
 from losses import Perturbation, forward_units
-from model import UserError
-from train import load_images
+from sample import UserError, save_grid
 
 
-def idx(path, values):
+def write_idx(path, values):
     """Write the published format: a header of the type and the shape, big-endian, then bytes."""
     header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
     with gzip.open(path, "wb") as file:
@@ -27,102 +27,162 @@ def fashion(tmp_path_factory):
     """A folder with 80 images, black or white by their label, under the published names."""
     folder, truth = tmp_path_factory.mktemp("fashion"), np.arange(80) % 2
     for name in ("train", "t10k"):
-        idx(folder / f"{name}-images-idx3-ubyte.gz",
-            np.broadcast_to(250 * truth[:, None, None], (80, 28, 28)))
-        idx(folder / f"{name}-labels-idx1-ubyte.gz", truth)
+        images = np.broadcast_to(250 * truth[:, None, None], (80, 28, 28))
+        write_idx(folder / f"{name}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{name}-labels-idx1-ubyte.gz", truth)
     return folder
 
 
-def test_runs_are_trained_measured_and_not_repeated(fashion, tmp_path):
-    argv = ["tests/evidence.py", "headline", "--rows", "dsm,adv_late", "--seeds", 1, "--num", 10,
-            "--steps", 5, "--workers", 2, "--data_dir", fashion, "--out", tmp_path]
-    done = script(*argv)
-    assert done.returncode == 0, done.stderr
-    log = (tmp_path / "noise.2/adv_late_5-1.log").read_text()
-    assert "mode dsm" in log and "resuming at step 4; mode dsm -> adv; steps 4 -> 5" in log
-    result = tmp_path / "noise.2/dsm-1/quality-5-10.json"
-    figures = json.loads(result.read_text())
-    about = figures["provenance"]
-    assert (about["num"], about["step"], about["seed"]) == (10, 5, 1)
-    assert f"| {figures['fid']:.3f} |" in done.stdout
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Scripts that do nothing but write what the driver looks for; [(script, its flags)].
 
-    written = result.stat().st_mtime_ns
-    assert script(*argv).returncode == 0 and result.stat().st_mtime_ns == written
-    # one that fails does not keep the other from being done
-    beyond = script(*argv, "--steps", 3)
-    assert beyond.returncode == 2 and "is at step 5, beyond --steps 3" in beyond.stderr
-    assert (tmp_path / "noise.2/adv_late_3-1/quality-3-10.json").exists()
-
-    picture = tmp_path / "a.png"
-    assert script(*argv, "--picture", picture).returncode == 0
-    # ten tiles a run, below sixteen of training images; a margin for the names
-    assert np.array(Image.open(picture)).shape == (3 * 52, 170 + 802, 3)
-
-
-def test_what_a_run_is_trained_on_and_measured_with(fashion, tmp_path, monkeypatch):
-    """The flags that each script gets, at several states of the run."""
-    calls, state = [], {"step": 0}
+    Their flags are parsed by the scripts' own parsers. A run that is named "broken" fails.
+    """
+    made = []
 
     def call(name, *argv, log):
-        words = [str(word) for word in argv]
-        calls.append((name, [word.removeprefix("--") for word in words if word[:2] == "--"]))
+        argv = [str(word) for word in argv]
+        if name == "train.py":
+            dataset = next(word for word in argv if word.startswith("--dataset="))
+            flags = train.make_parser(dataset.split("=")[1]).parse_args(argv)
+            flags.out.mkdir(parents=True, exist_ok=True)
+            (flags.out / "ckpt.pt").write_text(str(flags.steps))
+            save_grid(np.zeros((64, 1, 16, 16), np.uint8), flags.out / "data.png")
+        else:
+            flags = evaluate.parse_args(argv)
+            figures = {key: len(made) + 0.5 for key in evidence.COMMANDS[flags.command][2]}
+            about = {"num": flags.num, "seed": flags.seed, "features": "classifier.pt (12)"}
+            flags.json.write_text(json.dumps({
+                **figures, "pixel_std_reference": 0.67, "provenance": about}))
+            save_grid(np.zeros((16, 1, 16, 16), np.uint8), flags.png, 16)
+        made.append((name, vars(flags)))
 
     monkeypatch.setattr(evidence, "call", call)
-    monkeypatch.setattr(evidence, "read_checkpoint", lambda folder: state)
-
-    def flags(column, row, saved, study="headline"):
-        args = evidence.parse_args([study, "--out", str(tmp_path), "--data_dir", str(fashion)])
-        args.classifiers = dict.fromkeys(["fashion_mnist", "cifar10"], "c.pt")
-        calls.clear()
-        folder = evidence.measured(column, row, 0, args).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if saved:
-            state["step"] = saved
-            (folder / "ckpt.pt").touch()
-        evidence.do((column, row, 0), args)
-        return [*calls]
-
-    (train, words), (evaluate, look) = flags("tenth", "dsm", 0)
-    assert {"mode=dsm", "limit=6000", "overwrite", "dataset=fashion_mnist"} <= {*words}
-    assert not any("noise" in word for word in words) and "features=c.pt" in look
-    assert f"data_dir={fashion}" in words and f"data_dir={fashion}" in look
-    # a late start: fresh, stopped in the first part, stopped in the second
-    for saved, modes in ((0, ["dsm", "adv"]), (1000, ["dsm", "adv"]), (4000, ["adv"]),
-                         (4500, ["adv"]), (5000, [])):
-        parts = [words for name, words in flags("noise.2", "adv_late", saved)[:-1]]
-        assert [f"mode={mode}" for mode in modes] == [
-            next(word for word in words if word[:5] == "mode=") for words in parts]
-        assert all(("resume" in words) == bool(saved) for words in parts[:1])
-        assert all("noise_std=0.2" in words for words in parts)
-    share = [words for name, words in flags("noise.2", "adv_late_share", 4000)[:-1]]
-    assert len(share) == 1 and {"mode=adv", "reg_share=0.3", "resume"} <= {*share[0]}
-    plain, cool = [words for name, words in flags("noise.2", "adv_low_cool", 0)[:-1]]
-    assert "lr=0.0001" not in plain
-    assert {"lr=0.0001", "ema=0.995", "mode=adv", "reg_low"} <= {*cool}
-    assert {"reg_low", "reg_share=0.1"} <= {*flags("noise.2", "adv_low", 0)[0][1]}
-    look = flags("few", "dsm", 0, "copies")[-1][1]
-    assert "holdout=fashion_mnist" in look and not any(w.startswith("features=") for w in look)
+    monkeypatch.setattr(evidence, "read_checkpoint",
+                        lambda folder: {"step": int((folder / "ckpt.pt").read_text())})
+    monkeypatch.setattr(evidence, "classifier", lambda dataset, args: "classifier.pt")
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results.json")
+    return made
 
 
-@pytest.mark.parametrize("command", ["steps", "attack", "memorization"])
-def test_what_is_printed_is_in_the_json(command, run, in_process, tmp_path):
-    extra, _, shown = evidence.COMMANDS[command]
-    argv = [word for word in extra.split() if word != "--features" and word != "pixels"]
-    if "--steps" in argv:
-        argv[argv.index("--steps") + 1] = "2"
-    in_process("evaluate", command, run, "--num", 10, *argv, "--features", "pixels",
+def drive(fashion, tmp_path, *argv):
+    """Run the driver in this process, one run after the other."""
+    argv = [*argv, "--data_dir", fashion, "--out", tmp_path / "out", "--workers", 1]
+    return evidence.main([str(word) for word in argv])
+
+
+def test_runs_are_trained_measured_and_not_repeated(calls, fashion, tmp_path):
+    argv = ["frontier", "--rows", "dsm,adv_low", "--seeds", 1, "--num", 10]
+    drive(fashion, tmp_path, *argv)
+    (name, flags), (_, asked), (_, low), _ = calls
+    assert name == "train.py" and (flags["mode"], flags["noise_std"]) == ("dsm", 0.2)
+    assert flags["overwrite"] and flags["seed"] == 1 and flags["steps"] == 2000
+    assert (asked["command"], asked["num"], asked["seed"]) == ("quality", 10, 1)
+    assert asked["features"] == "classifier.pt" and str(asked["data_dir"]) == str(fashion)
+    assert (low["mode"], low["reg_t"], low["reg_share"]) == ("adv", 0.1, 1)
+
+    drive(fashion, tmp_path, *argv)
+    assert len(calls) == 4
+    # More steps go on from the run that is there, fewer are refused and do not end the others.
+    drive(fashion, tmp_path, *argv, "--rows", "dsm", "--steps", 2001)
+    assert len(calls) == 6 and calls[4][1]["resume"] and not calls[4][1]["overwrite"]
+    with pytest.raises(UserError, match="dsm-1 is at step 2001, beyond 3: .*\n1 runs failed"):
+        drive(fashion, tmp_path, *argv, "--rows", "dsm,random", "--steps", 3)
+    assert len(calls) == 8 and calls[6][1]["mode"] == "random"
+
+
+def test_a_late_start_is_initialised_from_a_plain_run(calls, fashion, tmp_path):
+    argv = ["headline", "--rows", "adv_late_share", "--seeds", 0, "--steps", 100]
+    drive(fashion, tmp_path, *argv)
+    (_, plain), (_, late), _ = calls
+    assert (plain["mode"], plain["steps"], plain["init_from"]) == ("dsm", 80, None)
+    assert (late["mode"], late["steps"], late["reg_share"]) == ("adv", 20, 0.3)
+    assert late["init_from"] == plain["out"] != late["out"]
+    # Stopped in its second part it goes on there.
+    (late["out"] / "quality-100-2000.json").unlink()
+    (late["out"] / "ckpt.pt").write_text("10")
+    drive(fashion, tmp_path, *argv)
+    _, again, _ = (flags for _, flags in calls[2:])
+    assert again["resume"] and again["init_from"] is None and again["steps"] == 20
+
+
+def test_other_training_sets_and_commands(calls, fashion, tmp_path):
+    drive(fashion, tmp_path, "copies", "--rows", "dsm")
+    assert calls[0][1]["limit"] == 200 and calls[0][1]["noise_p"] == 0
+    assert calls[1][1]["holdout"] == "fashion_mnist" and calls[1][1]["features"] == "pixels"
+    drive(fashion, tmp_path, "cifar10", "--rows", "dsm", "--cifar10_dir", tmp_path)
+    assert calls[2][1]["dataset"] == "cifar10" and calls[2][1]["data_dir"] == tmp_path
+
+
+def test_record_replaces_what_was_typed_back(calls, fashion, tmp_path, capsys):
+    typed = {"trained on": "noise.2", "row": "dsm", "training steps": 2000, "seed": 0, "FD": 9.0}
+    other = {**typed, "seed": 1, "FD": 7.25}
+    columns = ["row", "seed", "noise left", "FD"]
+    evidence.RESULTS.write_text(evidence.dump([{
+        "study": "frontier", "heading": "H", "title": "T.", "command": "c", "columns": columns,
+        "rows": [other, typed]}]))
+    drive(fashion, tmp_path, "frontier", "--rows", "dsm,adv", "--columns", "noise.2", "--record")
+    clean, dsm, kept, adv = json.loads(evidence.RESULTS.read_text())[0]["rows"]
+    assert clean["row"] == "clean images" and clean["pixel std"] == 0.67
+    assert (dsm["FD"], dsm["forward-units"], adv["forward-units"]) == (1.5, 3, 8)
+    assert dsm["provenance"].keys() == {"num", "seed", "features", "commit"} and kept == other
+    text = evidence.RESULTS.with_suffix(".md").read_text()
+    assert "## H\n\nT. `c`\n\n| row | seed | noise left | FD | made at |" in text
+    assert f"| dsm (plain) | 0 | 1.5 | 1.5 | {dsm['provenance']['commit']} |" in text
+    assert "| dsm (plain) | 1 |  | 7.25 |  |" in text
+    assert "| adv (the paper's) | 2000 | 0 | 8 | 3.5 |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no record copies"):
+        drive(fashion, tmp_path, "copies", "--tables", "--record")
+
+
+def test_pictures_have_the_training_data_and_each_run(calls, fashion, tmp_path):
+    drive(fashion, tmp_path, "headline", "--rows", "dsm,adv", "--seeds", 0)
+    drive(fashion, tmp_path, "headline", "--seeds", 0, "--picture", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (190 + 802, 3 * 52)
+
+
+def test_the_committed_results_are_rendered_and_complete():
+    records = json.loads(evidence.RESULTS.read_text())
+    assert evidence.RESULTS.with_suffix(".md").read_text() == evidence.rendered(records)
+    assert evidence.RESULTS.read_text() == evidence.dump(records)
+    assert evidence.STUDIES.keys() <= {record["study"] for record in records}
+    for record in records:
+        assert record.keys() - {"picture"} == {"study", "heading", "title", "command", "columns",
+                                               "rows"}
+        if "picture" in record:
+            assert (evidence.RESULTS.parent / record["picture"]).exists()
+        for row in record["rows"]:
+            assert row.keys() <= {*record["columns"], "provenance"}
+
+
+@pytest.mark.parametrize("value, text", [
+    (0.1344, "0.134"), (16.72, "16.72"), (1525.512, "1525.51"), (0.0015, "0.0015"), (0.0, "0"),
+    ([0.176, 0.004], "0.176 +- 0.004"), (3, "3"), (None, ""), ("a", "a")])
+def test_cells(value, text):
+    assert evidence.cell(value) == text
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("command, argv", [
+    ("quality", ["--steps", 2]), ("steps", ["--steps", 2, "--sampler", "ddim"]),
+    ("attack", ["--steps", 2, "--attack_steps", 1]), ("memorization", ["--steps", 2])])
+def test_what_is_printed_is_in_the_json(command, argv, run, in_process, tmp_path):
+    torch.jit.script(evidence.Classifier(3)).save(tmp_path / "features.pt")
+    in_process("evaluate", command, run, "--num", 10, *argv, "--features", tmp_path / "features.pt",
                "--reference_num", 40, "--png", tmp_path / "a.png", "--cache_dir", tmp_path,
                "--json", tmp_path / "a.json")
-    for row in json.loads((tmp_path / "a.json").read_text())["rows"]:
-        assert {*shown} <= {*row}
+    data = json.loads((tmp_path / "a.json").read_text())
+    for row in data.get("rows", [data]):
+        assert evidence.COMMANDS[command][2].keys() <= row.keys()
+    assert {"num", "seed", "features", "weights_sha256"} <= data["provenance"].keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_the_classifier_tells_the_classes_apart(fashion, tmp_path, capsys):
     args = evidence.parse_args(["--data_dir", str(fashion), "--out", str(tmp_path)])
-    path = evidence.classifier("fashion_mnist", args)
+    net = torch.jit.load(evidence.classifier("fashion_mnist", args))
     assert "1.000 of the test images right" in capsys.readouterr().out
-    net = torch.jit.load(path)
     features, logits = net(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
     assert features.shape == (2, 64) and logits.argmax(1).tolist() == [0, 0]
 
@@ -133,7 +193,7 @@ def test_labels_are_in_the_order_of_the_images(tmp_path):
         for k in range(ord(name) - 95):
             Image.new("L", (16, 16), ord(name)).save(tmp_path / name / f"{k}.png")
     truth = evidence.labels("cifar10", tmp_path, "train")
-    images = load_images("cifar10", 16, 3, tmp_path)
+    images = train.load_images("cifar10", 16, 3, tmp_path)
     assert np.array_equal(images[:, 0, 0, 0], 97 + truth)
     for image in (tmp_path / "a").iterdir():
         image.unlink()
@@ -141,34 +201,14 @@ def test_labels_are_in_the_order_of_the_images(tmp_path):
         evidence.labels("cifar10", tmp_path, "train")
 
 
-def test_the_table_has_the_mean_over_the_seeds(tmp_path):
-    def write(row, seed, name, value):
-        folder = tmp_path / "noise.2" / f"{row}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = dict.fromkeys(evidence.QUALITY, value)
-        (folder / name).write_text(json.dumps({**shown, "pixel_std_reference": 0.673}))
-
-    write("dsm", 0, "quality-5000-2000.json", 1.0)
-    write("dsm", 1, "quality-5000-2000.json", 3.0)
-    write("adv", 0, "quality-2000-2000.json", 9.0)  # of another study
-    write("adv_late_5000", 1, "quality-5000-2000.json", 4.0)
-    text = evidence.table(evidence.parse_args(["headline", "--out", str(tmp_path)]))
-    first = text.splitlines()[2]
-    assert first.startswith("| noise.2 | dsm | 0, 1 | 3 | 2.000 +- 1.414 |")
-    assert "| adv |" not in text and "9.000" not in text
-    assert "| noise.2 | adv_late | 1 | 4 | 4.000 |" in text
-    assert text.splitlines()[-1].split(" | ")[6] == "0.673"
-
-
-def test_the_studies_name_what_there_is():
+def test_studies_and_costs():
     for command, columns, rows, _, _ in evidence.STUDIES.values():
         assert command in evidence.COMMANDS
-        assert {*columns} <= {*evidence.COLUMNS} and {*rows} <= {*evidence.ROWS}
+        assert {*columns} <= evidence.COLUMNS.keys() and {*rows} <= evidence.ROWS.keys()
     assert evidence.units("adv_share") == forward_units("adv", Perturbation(reg_share=0.3))
-    assert evidence.units("adv_late") == pytest.approx(0.8 * 3 + 0.2 * 8)
+    assert evidence.units("adv_low") == pytest.approx(3.5)
     assert evidence.units("adv_late_share") == pytest.approx(0.8 * 3 + 0.2 * 4.5)
-    assert evidence.units("adv_low_cool") == pytest.approx(3.5)
     assert evidence.parse_args(["--seeds", "1,1,0"]).seeds == [1, 0]
-    for argv in (["--rows", "advs"], ["--seeds", "x"], ["--picture", "a.jpg"]):
+    for argv in (["--rows", "advs"], ["--seeds", "x"]):
         with pytest.raises(UserError, match=argv[0]):
             evidence.parse_args(argv)

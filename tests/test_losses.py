@@ -1,7 +1,7 @@
 """Closed forms and exact invariants of the forward process, the perturbation and the losses."""
 
 import math
-import os
+import shutil
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from losses import MODES, Diffusion, Perturbation, forward_units
+from losses import (MODES, Diffusion, Objective, Perturbation, denoise, forward_units, frozen,
+                    stratified_t)
 from model import UNet
-from train import Objective
 
 
 class Scalar(nn.Module):
@@ -24,17 +24,6 @@ class Scalar(nn.Module):
 
     def forward(self, x, t):
         return self.k * x
-
-
-class Untimed(nn.Module):
-    """A module of x alone as a network (x, t)."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x, t):
-        return self.module(x)
 
 
 def mlp(width=32):
@@ -70,7 +59,7 @@ def minimiser(mode, cfg, v, t, n=400_000):
     values = []
     for k in ks:
         torch.manual_seed(1)
-        loss, _ = MODES[mode](Scalar(k), Diffusion(), x0, torch.full((n,), t), eps, cfg)
+        loss, _ = MODES[mode].loss(Scalar(k), Diffusion(), x0, torch.full((n,), t), eps, cfg)
         values.append(loss.item())
     c2 = (values[0] - 2 * values[1] + values[2]) / (2 * 0.3**2)
     c1 = (values[2] - values[0]) / 0.6 - 2 * c2 * 0.5
@@ -106,7 +95,7 @@ def test_dsm_minimiser_is_the_analytic_score_of_a_mixture():
     """Least squares over a rich basis through dsm() gives -s grad log p_t."""
     weights, means, std = torch.tensor([0.7, 0.3]), torch.tensor([-1.0, 1.5]), 0.3
     torch.manual_seed(0)
-    n, t = 200_000, 300
+    n, t = 60_000, 300
     which = torch.multinomial(weights, n, replacement=True)
     x0 = (means[which] + std * torch.randn(n))[:, None]
     eps = torch.randn(n, 1)
@@ -138,7 +127,7 @@ def test_dsm_minimiser_is_the_analytic_score_of_a_mixture():
     log_p = torch.logsumexp(weights.log() - (x[:, None] - sqrt_a * means) ** 2 / (2 * var), dim=1)
     (score,) = torch.autograd.grad(log_p.sum(), x)
     predicted = net(x[:, None], None)[:, 0]
-    assert (predicted + s * score).abs().max() < 0.05
+    assert (predicted + s * score).abs().max() < 0.07
 
 
 def test_equivariance_in_eps_is_invariance_of_the_denoiser():
@@ -206,7 +195,7 @@ def test_ascent_stays_in_its_set_and_ascends(norm, steps):
     start = losses.random_omega(r, x)
     assert (start.abs() <= r).all()
     assert start.abs().mean().item() == pytest.approx(r.mean().item() / 2, rel=0.1)
-    omega = losses.ascend(start.clone(), net, x, s, t, r, clean, cfg)
+    omega = losses.ascend(frozen(net), start, x, s, t, r, clean, cfg)
     assert not omega.requires_grad
     if norm == "linf":
         assert (omega.abs() <= r).all()
@@ -230,10 +219,10 @@ def test_random_start_is_needed():
     clean, r = net(x, t), torch.full_like(s, 0.5)
     for norm in ("linf", "l2"):
         cfg = Perturbation(ascent_norm=norm)
-        assert (losses.ascend(torch.zeros_like(x), net, x, s, t, r, clean, cfg) == 0).all()
+        assert (losses.ascend(frozen(net), torch.zeros_like(x), x, s, t, r, clean, cfg) == 0).all()
         nn.init.zeros_(net.conv_out.weight)
         start = losses.random_omega(r, x)
-        kept = losses.ascend(start.clone(), net, x, s, t, r, net(x, t), cfg)
+        kept = losses.ascend(frozen(net), start, x, s, t, r, net(x, t), cfg)
         assert torch.equal(kept, start)
         net = small_unet()
 
@@ -289,12 +278,12 @@ def test_branches_share_their_dropout():
     x0, t, eps = torch.randn(4, 3, 8, 8), torch.full((4,), 300), torch.randn(4, 3, 8, 8)
     cfg = Perturbation(beta_min=1e-6, beta_max=1e-6)
     for mode in ("random", "adv"):
-        _, figures = MODES[mode](net, d, x0, t, eps, cfg)
+        _, figures = MODES[mode].loss(net, d, x0, t, eps, cfg)
         assert figures["residual"] < 1e-9
     # and the next draw does not repeat the perturbation's: every step's noise is fresh
     points = mlp()
     torch.manual_seed(0)
-    MODES["random"](points, d, torch.randn(4, 2), t, torch.randn(4, 2), cfg)
+    MODES["random"].loss(points, d, torch.randn(4, 2), t, torch.randn(4, 2), cfg)
     after = torch.get_rng_state()
     torch.manual_seed(0)
     torch.randn(4, 2), torch.randn(4, 2), torch.rand(4, 1), torch.rand(4, 2)
@@ -308,7 +297,7 @@ def test_target_branch_and_figures():
     for detach in (False, True):
         torch.manual_seed(0)
         net.zero_grad()
-        loss, figures = losses.adv(net, d, x0, t, eps, Perturbation(detach_target=detach))
+        loss, figures = MODES["adv"].loss(net, d, x0, t, eps, Perturbation(detach_target=detach))
         loss.backward()
         grads[detach] = torch.cat([p.grad.flatten() for p in net.parameters()])
         assert loss.item() == pytest.approx((figures["dsm"] + figures["reg"]).item())
@@ -319,20 +308,131 @@ def test_target_branch_and_figures():
     assert dsm.item() == pytest.approx(figures["dsm"].item())
 
 
-@pytest.mark.skipif("COMPILE" not in os.environ, reason="takes 100 s: set COMPILE=1 to run it")
+class Dropper(nn.Module):
+    """The smallest network with dropout: quick to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.5), nn.Tanh(), nn.Linear(40, 40),
+                                    nn.Dropout(0.5), nn.Linear(40, 6))
+
+    def forward(self, x, t):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_compiled_branches_drop_the_same_units(backend, monkeypatch):
+    """Clean, inner step and moved branch are three graphs, of one mask each step, a new one each.
+
+    At omega = 0 the branches differ by their masks alone, with all of the batch and with a part.
+    """
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    torch.manual_seed(0)
+    net, diffusion = Dropper().train(), Diffusion()
+    if backend:
+        torch._dynamo.reset()
+        net.compile(backend=backend, dynamic=False)
+    x0, eps = torch.randn(8, 6), torch.randn(8, 6)
+    seen = []
+
+    def look(view, omega, x_t, s, t, r, clean, cfg, again):
+        again()
+        seen.append((view(x_t, t) - clean).abs().max().item())
+        return 0 * omega
+
+    monkeypatch.setattr(losses, "ascend", look)
+    losses_seen = set()
+    settings = [Perturbation(reg_t=0.5), Perturbation(), Perturbation(reg_share=0.5)]
+    for cfg in settings[:1 if backend == "inductor" else 3]:  # It compiles for long.
+        for _ in range(2):
+            t = stratified_t(8, 1000)
+            loss, figures = MODES["adv"].loss(net, diffusion, x0, t, eps, cfg)
+            loss.backward()
+            assert seen[-1] == 0 and figures["residual"] == 0
+            losses_seen.add(loss.item())
+    assert len(losses_seen) == len(seen)
+
+
 def test_compiled_gradients_equal_eager():
     grads = []
     for compiled in (False, True):
-        net = small_unet()
-        if compiled:
-            net.compile()
         torch.manual_seed(0)
-        x0, t, eps = torch.randn(4, 3, 8, 8), torch.randint(1000, (4,)), torch.randn(4, 3, 8, 8)
-        cfg = Perturbation(ascent_norm="l2")
-        loss, _ = losses.adv(net, Diffusion(), x0, t, eps, cfg)
+        net = Dropper().eval()
+        if compiled:
+            net.compile(backend="aot_eager", dynamic=False)
+        x0, t, eps = torch.randn(4, 6), stratified_t(4, 1000), torch.randn(4, 6)
+        cfg = Perturbation(ascent_norm="l2", reg_t=0.5)
+        loss, _ = MODES["adv"].loss(net, Diffusion(), x0, t, eps, cfg)
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
+
+
+def test_pgd_takes_small_steps_from_its_start_and_stays_in_the_ball():
+    net, d = frozen(small_unet()), Diffusion()
+    torch.manual_seed(3)
+    x, t = torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
+    _, s = d.at(t, x)
+    r, clean = torch.full_like(s, 0.3), net(x, t)
+    start = losses.random_omega(r, x)
+
+    def J(omega):
+        return losses.mean_square(net(x + s * omega, t) - clean)
+
+    for norm in ("linf", "l2"):
+        first, many = (losses.pgd(net, start, x, s, t, r, clean, norm, n) for n in (1, 10))
+        assert (J(first) > J(start)).all() and (J(many) > J(first)).all()
+        if norm == "linf":
+            assert (many.abs() <= r + 1e-6).all()
+            assert ((first - start).abs() <= r / 4 + 1e-6).all()
+        else:
+            assert (losses.mean_square(many).sqrt() <= 0.3 + 1e-5).all()
+            moved = losses.mean_square(first - start).sqrt()
+            torch.testing.assert_close(moved, torch.full((8,), 0.3 / 4))
+
+
+def test_stratified_t():
+    """Uniform for each image; one from each n-th part; every m-th of them is such a batch again."""
+    torch.manual_seed(0)
+    many = torch.stack([stratified_t(10, 1000) for _ in range(4000)])
+    assert many.min() == 0 and many.max() == 999 and many.dtype == torch.int64
+    for i in range(10):
+        assert (many[:, i] // 100 == i).all()
+    counts = torch.bincount(many.flatten(), minlength=1000).double()
+    assert (counts - 40).abs().max() < 6 * 40**0.5
+    assert (many[:, 1::2] // 200 == torch.arange(5)).all()
+    assert (stratified_t(3, 2) <= 1).all()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_lowest_t_are_regularised_at_their_own_weight_however_the_batch_is_split(parts):
+    """reg_t = U: the loss of U = 1 without its terms at t >= U T; parts are dealt by stride."""
+    torch.manual_seed(0)
+    net, diffusion = small_unet(), Diffusion()
+    x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), stratified_t(8, 1000)
+    # A perturbation without chance: zero, with a fixed weight, leaves the residual of `invariant`
+    cfg = {U: Perturbation(reg_t=U, beta_min=0.3, beta_max=0.3) for U in (1.0, 0.3)}
+    low = t < 300
+    assert 2 <= low.sum() <= 3
+
+    def fixed(view, omega, x_t, s, t, r, clean, cfg, again):
+        return torch.ones_like(omega) * r / 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "ascend", fixed)
+
+        def loss(cfg, rows=slice(None)):
+            value, figures = MODES["adv"].loss(net, diffusion, x0[rows], t[rows], eps[rows], cfg)
+            return value, figures["reg"].item()
+
+        halves = [loss(cfg[0.3], slice(part, None, parts)) for part in range(parts)]
+        alone = [loss(cfg[1.0], slice(i, i + 1))[1] for i in range(8)]
+    reg = sum(reg for _, reg in halves) / parts
+    assert reg == pytest.approx(sum(alone[i] for i in range(8) if low[i]) / 8, rel=1e-4)
+    whole = sum(value for value, _ in halves) / parts
+    dsm, _ = losses.dsm(net, diffusion, x0, t, eps)
+    assert whole.item() == pytest.approx(dsm.item() + reg, rel=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -340,24 +440,29 @@ def test_compiled_gradients_equal_eager():
 def test_trajectory_attack_spends_its_budget_at_the_chosen_times(norm, steps):
     torch.manual_seed(0)
     diffusion, x = Diffusion(), torch.randn(20, 2)
-    view = losses.Denoiser(mlp(), diffusion)
-    perturb = losses.trajectory_attack(view, diffusion, {60}, lambda: torch.randn(20, 2), norm, 0.5,
-                                       steps)
+    net = mlp().requires_grad_(False)
+    perturb = losses.trajectory_attack(lambda x, t: denoise(net, diffusion, x, t), diffusion, {60},
+                                       lambda: torch.randn(20, 2), norm, 0.5, steps)
     assert perturb(x, 61) is x
     push = (perturb(x, 60) - x) / diffusion.s[60]
     assert not push.requires_grad
     if norm == "linf":
         assert push.abs().max().item() == pytest.approx(0.5, rel=1e-4)
     else:
-        assert push.square().mean(1).sqrt() == pytest.approx(torch.full((20,), 0.5), rel=1e-4)
+        sizes = push.square().mean(1).sqrt()
+        assert (sizes <= 0.5 * (1 + 1e-4)).all()
+        assert sizes.max().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_trajectory_attack_moves_the_denoised_estimate_further_than_chance():
     torch.manual_seed(0)
-    diffusion, x, net = Diffusion(), torch.randn(200, 2), nn.Linear(2, 2, bias=False)
-    # it takes (1, -1) for noise and (1, 1) for signal: corners of the box differ
-    net.weight.data = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
-    view = losses.Denoiser(Untimed(net), diffusion)
+    diffusion, x = Diffusion(), torch.randn(200, 2)
+    # It takes (1, -1) for noise and (1, 1) for signal: corners of the box differ.
+    K = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
+
+    def view(x, t):
+        return denoise(lambda x, t: x @ K, diffusion, x, t)
+
     t = torch.full((200,), 60)
 
     def moved(norm, steps):
@@ -372,21 +477,24 @@ def test_trajectory_attack_moves_the_denoised_estimate_further_than_chance():
 
 @pytest.mark.parametrize("mode", ["random", "adv", "invariant"])
 @pytest.mark.parametrize("low", [False, True])
-def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode, low):
+def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode, low, monkeypatch):
     """The rest's gradient is dsm's; a random share stands for the batch, the lowest t do not."""
     torch.manual_seed(0)
     net, diffusion = small_unet(), Diffusion()
     x0, eps = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
-    t = torch.tensor([900, 30, 500, 400, 999, 10, 700, 800])
-    rows, weight = ([5, 1], 0.25) if low else ([0, 1], 1)
+    t = torch.tensor([10, 130, 300, 400, 500, 700, 800, 900])
+    rows, weight, cfg = (([0, 1], 0.25, Perturbation(reg_t=0.25)) if low else
+                         ([5, 1], 1, Perturbation(reg_share=0.25)))
+    order = torch.tensor([5, 1, 0, 2, 3, 4, 6, 7])
+    monkeypatch.setattr(torch, "randperm", lambda n, device: order)
 
     def gradients(mode, rows, cfg):
         torch.manual_seed(1)
-        loss, figures = MODES[mode](net, diffusion, x0[rows], t[rows], eps[rows], cfg)
+        loss, figures = MODES[mode].loss(net, diffusion, x0[rows], t[rows], eps[rows], cfg)
         grads = torch.autograd.grad(loss, list(net.parameters()))
         return figures, torch.cat([g.flatten() for g in grads])
 
-    shared, got = gradients(mode, slice(None), Perturbation(reg_share=0.25, reg_low=low))
+    shared, got = gradients(mode, slice(None), cfg)
     alone, of_rows = gradients(mode, rows, Perturbation())
     _, of_rows_dsm = gradients("dsm", rows, None)
     whole_dsm, of_all_dsm = gradients("dsm", slice(None), None)
@@ -395,13 +503,24 @@ def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode, low):
     assert torch.allclose(got, of_all_dsm + weight * (of_rows - of_rows_dsm), rtol=1e-3, atol=1e-5)
 
 
+def test_a_random_share_is_unbiased():
+    """The mean over the random choices is the regulariser of the whole batch."""
+    net, diffusion = mlp(), Diffusion()
+    x0, eps, t = torch.randn(8, 2), torch.randn(8, 2), stratified_t(8, 1000)
+    cfg = {share: Perturbation(reg_share=share, beta_min=0.3, beta_max=0.3) for share in (1, 0.5)}
+    torch.manual_seed(0)
+    mean = {share: torch.stack([MODES["random"].loss(net, diffusion, x0, t, eps, c)[1]["reg"]
+                                for _ in range(600)]).mean().item() for share, c in cfg.items()}
+    assert mean[0.5] == pytest.approx(mean[1], rel=0.07)
+
+
 def test_a_share_keeps_the_dropout_mask_of_its_branches():
     torch.manual_seed(0)
     net, diffusion = small_unet(dropout=0.5).train(), Diffusion()
     x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
     # so small a radius that only different masks could leave a residual
     cfg = Perturbation(reg_share=0.5, beta_min=1e-4, beta_max=1e-4)
-    _, figures = MODES["random"](net, diffusion, x0, t, eps, cfg)
+    _, figures = MODES["random"].loss(net, diffusion, x0, t, eps, cfg)
     assert figures["residual"] < 1e-3
 
 
@@ -412,3 +531,4 @@ def test_forward_units():
     assert forward_units("adv", Perturbation()) == forward_units("invariant", Perturbation()) == 8
     assert forward_units("adv", Perturbation(ascent_steps=3)) == 12
     assert forward_units("adv", Perturbation(reg_share=0.3)) == pytest.approx(4.5)
+    assert forward_units("adv", Perturbation(reg_t=0.1)) == pytest.approx(3.5)

@@ -5,7 +5,12 @@ import os
 import pytest
 import torch
 
-from model import UNet, UserError, load_model, timestep_embedding
+from model import UNet, build_network, read_checkpoint, timestep_embedding
+from sample import UserError, load_run
+
+
+CIFAR10 = dict(image_size=32, in_channels=3, channels=128, mult=(1, 2, 2, 2), blocks=2,
+               attention=(16,), dropout=0.1)
 
 
 @pytest.mark.parametrize("settings, parameters", [
@@ -15,7 +20,7 @@ from model import UNet, UserError, load_model, timestep_embedding
 ])
 def test_published_parameter_counts(settings, parameters):
     with torch.device("meta"):
-        net = UNet(**settings)
+        net = build_network(CIFAR10 | settings)
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 
@@ -61,21 +66,25 @@ def test_time_embedding():
     (dict(attention=(12,)), "resolutions are 32,16,8,4"),
     (dict(in_channels=2), "grey"),
     (dict(channels=3), "even number"),
+    (dict(mult=()), "at least one level"),
+    (dict(mult="wide"), "not those of a network"),
 ])
 def test_impossible_networks(settings, words):
-    with pytest.raises(UserError, match=words):
-        UNet(**settings)
+    with pytest.raises(ValueError, match=words):
+        build_network(CIFAR10 | settings)
 
 
 def test_impossible_image():
     with pytest.raises(ValueError, match="not a multiple of 8"):
-        UNet(channels=8)(torch.zeros(1, 3, 36, 33), torch.zeros(1, dtype=torch.long))
+        net = build_network(CIFAR10 | dict(channels=8))
+        net(torch.zeros(1, 3, 36, 33), torch.zeros(1, dtype=torch.long))
 
 
-def test_load_model_needs_the_checkpoint_alone(run):
-    net, config, step = load_model(run)
-    raw, _, _ = load_model(run / "ckpt.pt", ema=False)
-    assert step == 3 and config["mode"] == "dsm" and not net.training
+def test_a_run_is_rebuilt_from_its_checkpoint_alone(run):
+    net, diffusion, config, shape, origin = load_run(run)
+    raw = load_run(run / "ckpt.pt", raw=True).net
+    assert origin["step"] == 3 and origin["weights"] == "EMA" and config["mode"] == "dsm"
+    assert shape == (3, 16, 16) and diffusion.T == 1000 and not net.training
     assert not any(p.requires_grad for p in net.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), raw.parameters()))
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in raw.state_dict())
@@ -101,6 +110,8 @@ def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch):
     torch.save({**good, "config": {}}, tmp_path / "bare.pt")
     for name in ("half", "empty", "text", "bomb", "other", "list", "misfit", "bare", "missing"):
         with pytest.raises(UserError, match=f"{name}.pt") as error:
-            load_model(tmp_path / f"{name}.pt")
+            load_run(tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "exploded").exists()
+    with pytest.raises(ValueError, match="no checkpoint"):
+        read_checkpoint(tmp_path)
