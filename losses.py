@@ -335,22 +335,20 @@ class Mode(NamedTuple):
     units: Callable
 
 
-def random_units(cfg):
-    """dsm's 3, and one forward and backward more of what is regularised."""
-    return 3 + 3 * cfg.reg_t * cfg.reg_share
-
-
-def ascent_units(cfg):
-    """As `random_units`, and a forward and half a backward for each step of the ascent."""
-    return 3 + (3 + 2 * cfg.ascent_steps) * cfg.reg_t * cfg.reg_share
+def regularised_units(cfg, ascents):
+    """dsm's 3; of what is regularised another forward and backward, and 2 for each ascent step."""
+    return 3 + (3 + 2 * ascents) * cfg.reg_t * cfg.reg_share
 
 
 # random: omega ~ U[-r, r].  adv: the paper's method.  invariant: what a classifier does; it fails.
 MODES = {
     "dsm": Mode(dsm, lambda cfg: 3),
-    "random": Mode(partial(regularised, adversarial=False, equivariant=True), random_units),
-    "adv": Mode(partial(regularised, adversarial=True, equivariant=True), ascent_units),
-    "invariant": Mode(partial(regularised, adversarial=True, equivariant=False), ascent_units),
+    "random": Mode(partial(regularised, adversarial=False, equivariant=True),
+                   lambda cfg: regularised_units(cfg, 0)),
+    "adv": Mode(partial(regularised, adversarial=True, equivariant=True),
+                lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
+    "invariant": Mode(partial(regularised, adversarial=True, equivariant=False),
+                      lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
 }
 
 

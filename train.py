@@ -785,11 +785,11 @@ def main(argv=None):
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
     say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
-         f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std} and "
-         f"{np.sum(kinds == OUTLIER):,} replaced by noise (frozen, seed {cfg.seed}; see data.png)")
+        f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std} and "
+        f"{np.sum(kinds == OUTLIER):,} replaced by noise (frozen, seed {cfg.seed}; see data.png)")
     say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
-         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
-         f"compile {'on' if compiled else 'off'}")
+        f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
+        f"compile {'on' if compiled else 'off'}")
 
     # --- run folder: claimed now, and written to once the first step has succeeded
 
@@ -814,9 +814,9 @@ def main(argv=None):
 
     signals = []
 
-    def ask_to_stop(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # A second one ends the process at once.
+    def ask_to_stop(received, _):
+        signals.append(received)
+        signal.signal(received, signal.SIG_DFL)  # A second one ends the process at once.
 
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(name) != signal.SIG_IGN:  # As nohup sets it.
@@ -903,9 +903,9 @@ def main(argv=None):
                    "s_step": spent, "data_wait": waited / len(recent) / spent,
                    "eta_s": (cfg.steps - step) * spent}
             say(f"step {step:,}/{cfg.steps:,}  "
-                 + "  ".join(f"{name} {mean:.4f}" for name, mean in shown.items())
-                 + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
-                 + f"  ETA {duration(row['eta_s'])}")
+                + "  ".join(f"{name} {mean:.4f}" for name, mean in shown.items())
+                + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
+                + f"  ETA {duration(row['eta_s'])}")
         if logs and lead:
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -932,12 +932,12 @@ def main(argv=None):
     if world > 1:
         dist.destroy_process_group()
     if stop:
-        number = signals[0] if signals else signal.SIGTERM
-        say(f"stopped by {signal.Signals(number).name} at step {step:,}; saved, "
-             "--resume continues")
-        return 128 + number
+        received = signals[0] if signals else signal.SIGTERM
+        name = signal.Signals(received).name
+        say(f"stopped by {name} at step {step:,}; saved, --resume continues")
+        return 128 + received
     say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}; "
-         f"python sample.py {out} draws from it")
+        f"python sample.py {out} draws from it")
 
 
 if __name__ == "__main__":
