@@ -15,7 +15,7 @@ import toy
 from losses import Perturbation
 from sample import UserError, run_cli
 
-ARGS = SimpleNamespace(samples=600, sample_steps=20, shown=None, steps=100, reading="sigma")
+ARGS = SimpleNamespace(samples=600, sample_steps=20, shown=None, steps=80, reading="sigma")
 NOISY = (0.9, 0.2, 0.0)
 
 
@@ -78,10 +78,10 @@ def test_exact_eps_samples_the_truth():
 def test_plane_figures_of_a_known_offset_and_shrink():
     truth = toy.plane(5)
     assert truth.frame[:, 2].abs().max() <= toy.OBLIQUE
-    figures = truth.figures(truth.draw(20_000, generator()))
-    assert figures["off_plane_rms"] < 1e-5 and figures["sliced_wasserstein"] < 0.02
-    assert figures["in_plane_std_ratio"] == pytest.approx(1, abs=0.01)
-    figures = truth.figures(truth.draw(20_000, generator()) / 2 + 0.3 * truth.frame[:, 2])
+    figures = truth.figures(truth.draw(5000, generator()))
+    assert figures["off_plane_rms"] < 1e-5 and figures["sliced_wasserstein"] < 0.04
+    assert figures["in_plane_std_ratio"] == pytest.approx(1, abs=0.02)
+    figures = truth.figures(truth.draw(5000, generator()) / 2 + 0.3 * truth.frame[:, 2])
     assert figures["off_plane_rms"] == pytest.approx(0.3, abs=1e-5)
     assert figures["in_plane_std_ratio"] == pytest.approx(0.5, abs=0.01)
 
@@ -253,7 +253,8 @@ def test_pictures_keep_red_and_survive_divergence(tmp_path):
         assert abs(end[:, 140:] - colour).sum(2).min() < 60
 
 
-def test_every_experiment_leaves_its_files_whatever_the_workers(tmp_path, capsys):
+def test_every_experiment_leaves_its_files_whatever_the_workers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(toy, "FEW", (8,))
     flags = ["--quick", "--steps", "2", "--modes", "adv,adv", "--seed", "1"]
     toy.main([*flags, "--workers", "1", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "toy.json").read_text())
