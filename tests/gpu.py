@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import losses  # noqa: E402
 import sample  # noqa: E402
-from losses import (MODES, Diffusion, Objective, Perturbation, forward_units,  # noqa: E402
+from losses import (Diffusion, Objective, Perturbation, forward_units,  # noqa: E402
                     stratified_t)
 from model import UNET_KEYS, build_network, read_checkpoint  # noqa: E402
 from sample import (Parser, UserError, a_path, draw_images, image_noise, load_run,  # noqa: E402
