@@ -30,10 +30,10 @@ from torch import nn
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
 from sample import (ATTACK, EOT, FIXED_BATCH, Parser, UserError, a_path, check_writable, comma_list,
-                    denoise_step, draw_images, image_noise, load_run, number, run_cli, save_grid,
-                    save_npz, seed_for, setup_device, ticker, user_errors, visits,
+                    crop_resize, denoise_step, draw_images, image_noise, load_run, number, run_cli, save_grid,
+                    save_npz, seed_for, setup_device, ticker, user_errors, step_pairs,
                     write_atomically, write_json)
-from train import (PRESETS, choose_corruption, complete_config, crop_resize, find_source,
+from train import (PRESETS, choose_corruption, complete_config, find_source,
                    limit_images, load_images, open_source, training_images)
 
 # ---------- Images: uint8 arrays (N, C, H, W)
@@ -540,7 +540,7 @@ def next_view(net, diffusion, path, sampler, noises):
     """What the denoiser will see after the coming step: a view (x, t) -> (B, ...) to attack.
 
     It is the mean of D(x_prev) over `noises`, each a draw of the sampler's noise that is kept while
-    an attack ascends. A step without noise needs one of them.  path: of `visits`.
+    an attack ascends. A step without noise needs one of them.  path: of `step_pairs`.
     """
     after = dict(path)
 
@@ -564,7 +564,7 @@ def attacker(net, attack_steps, run, args, norms):
         and budget as `trajectory_attack`; eot, how many of the sampler's noises to average over.
     norms: (num,), filled with each image's largest push, in the ball's own norm and units.
     """
-    diffusion, path = run.diffusion, visits(run.diffusion.T, args.steps, args.spacing)
+    diffusion, path = run.diffusion, step_pairs(run.diffusion.T, args.steps, args.spacing)
     pushes = max(1, round(args.share * len(path)))
     chosen = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
 

@@ -321,7 +321,7 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
         fit = torch.cat([fit, mean_square(predict_eps(net, diffusion, x_t[k:], t[k:]) - eps[k:])])
     weight = lam_t.flatten() * (times < cfg.reg_t * diffusion.T)
     fit, reg = fit.mean(), (weight * residual).sum() / k * low / len(t)
-    figures = {"dsm": fit, "reg": reg, "residual": residual.mean(), "omega": omega.abs().mean()}
+    figures = {"dsm": fit, "reg": reg, "equivariance": residual.mean(), "omega": omega.abs().mean()}
     return fit + reg, {name: value.detach() for name, value in figures.items()}
 
 

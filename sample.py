@@ -10,26 +10,28 @@ started again, draws the missing images only.
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import hashlib
+import io
 import json
+import math
 import os
 import platform
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from losses import Diffusion, denoise
-from model import build_network, load_weights, read_checkpoint
+from model import UNET_KEYS, build_network, load_weights, read_checkpoint
 
 # ---------- Plumbing that every script shares: mistakes, flags, devices, progress, files, seeds
 
@@ -65,6 +67,8 @@ def user_errors(*kinds, prefix=""):
     """Turn exceptions of these kinds into a `UserError` that begins with `prefix`."""
     try:
         yield
+    except UserError:
+        raise
     except kinds as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{prefix}{reason}") from error
@@ -132,7 +136,6 @@ def setup_device(device="auto"):
     """(rank, local rank, world size, torch.device) of this process, alone or under torchrun.
 
     device: "auto" takes CUDA, then MPS, then the CPU.  Raises UserError if it is not there.
-    On a CPU under Linux the process keeps memory that it frees, for its next step.
     """
     rank, local, world = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -150,22 +153,16 @@ def setup_device(device="auto"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    elif sys.platform == "linux":
-        # glibc hands the activations' memory back every step: the page faults cost adv 5 %.
-        # Before 2.35 it takes no threshold above 32 MiB.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     return rank, local, world, device
 
 
 def start_group(device):
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere.
+    """Join the process group that torchrun describes: NCCL for CUDA's tensors, gloo for others.
 
     A day's patience: one process decodes a data set, or draws pictures, while the others wait.
     """
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def duration(seconds):
@@ -225,6 +222,12 @@ def write_atomically(path, save):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finite(row):
+    """A dict with None, which JSON has, for the floats that are not finite."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()}
 
 
 def write_json(path, data):
@@ -287,6 +290,128 @@ def image_noise(seed, indices, shape, device, use=IMAGE):
     return draw
 
 
+# ---------- Reading images: a folder, a zip or an npz
+
+
+class Source(NamedTuple):
+    """Images that are not decoded yet."""
+
+    items: Sequence  # one for each image; its name where it has one
+    read: Callable  # item -> PIL image
+    files: dict  # name below the root -> (bytes, date of its last change)
+    others: int = 0  # files beside them that are no images
+    split: str | None = None  # None where the source is one bare set of images
+
+
+def is_image(name):
+    """By its suffix; hidden files and the Macintosh's shadow files are not."""
+    path = Path(name)
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind in Image.OPEN and not hidden and not str(name).endswith("/")
+
+
+def is_run(folder):
+    """Whether train.py has written this folder: it holds a config.json of ours."""
+    try:
+        return set(UNET_KEYS) <= json.loads((Path(folder) / "config.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def find_files(root):
+    """The files below a folder, sorted; links are followed, each real folder is read once.
+
+    Runs and samples below it are left out: their pictures are no data.
+    Raises UserError for a link that leads nowhere, and a folder that may not be read.
+    """
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
+    seen, found = set(), []
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        drawn = folder != str(root) and (is_run(folder) or "samples.json" in names)
+        if drawn or real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names]
+    broken = [file for file in found if not file.exists()]
+    if broken:
+        raise UserError(f"{broken[0]} is a link that leads nowhere")
+    return sorted(found)
+
+
+def size_and_date(root, files):
+    """What tells whether files below `root` have changed, as `Source.files`."""
+    return {file.relative_to(root).as_posix(): (file.stat().st_size, file.stat().st_mtime_ns)
+            for file in files}
+
+
+def open_images(root):
+    """The `Source` of a folder or zip of images, or of an npz with arr_0, uint8 (N, H, W, C).
+
+    Raises UserError, naming the file, for one that is missing, empty or damaged.
+    """
+    with user_errors(Exception, prefix=f"{root} is not readable: "):
+        if root.is_dir():
+            found = find_files(root)
+            items = [file for file in found if is_image(file.relative_to(root))]
+            source = Source(items, Image.open, size_and_date(root, items), len(found) - len(items))
+        elif root.suffix == ".npz":
+            images = np.load(root)["arr_0"]
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+                raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, C)")
+            images = images[..., 0] if images.shape[-1] == 1 else images
+            source = Source(images, Image.fromarray, size_and_date(root.parent, [root]))
+        else:
+            archive = zipfile.ZipFile(root)
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            files = {entry.filename: (entry.file_size, entry.date_time) for entry in entries
+                     if is_image(entry.filename)}
+            source = Source(sorted(files), lambda name: Image.open(io.BytesIO(archive.read(name))),
+                            files, len(entries) - len(files))
+    if not len(source.items):
+        raise UserError(f"no images in {root}")
+    return source
+
+
+def upright_8bit(image, channels):
+    """A PIL image as upright 8-bit RGB (3 channels) or grey (1); what is transparent turns white.
+
+    16-bit grey is scaled to 8.  Raises ValueError for floats and 32-bit integers: their range is
+    not known.
+    """
+    deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not deep:
+        raise ValueError(f"its values are {'floats' if image.mode == 'F' else '32-bit integers'}, "
+                         "of a range that is not known: save it with 8 or 16 bits")
+    with contextlib.suppress(Exception):  # With a damaged EXIF block an image is taken as upright.
+        image = ImageOps.exif_transpose(image)
+    if deep:
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def crop_resize(image, size, channels, box=None):
+    """PIL image -> uint8 (channels, size, size): upright, centre square or `box`, resized.
+
+    Shrinking averages over the area that a pixel covers (no aliasing); enlarging is bicubic.
+    """
+    image = upright_8bit(image, channels)
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    left, top, right, bottom = box or (left, top, left + side, top + side)
+    way = Image.BOX if right - left > size else Image.BICUBIC
+    image = image.resize((size, size), way, box=(left, top, right, bottom))
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
 # ---------- Samplers
 
 
@@ -300,7 +425,7 @@ def timesteps(T, steps):
     return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
 
 
-def visits(T, steps, spacing):
+def step_pairs(T, steps, spacing):
     """(t, prev) of each sampling step, the last prev -1 for the clean image; see `sample`."""
     chosen = timesteps(T, steps)
     return list(zip(chosen, [t - 1 for t in chosen] if spacing == "naive" else [*chosen[1:], -1]))
@@ -344,7 +469,7 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     progress: hook (i, steps), called after each step.
     """
     x = noise()
-    for i, (t, prev) in enumerate(visits(diffusion.T, steps, spacing)):
+    for i, (t, prev) in enumerate(step_pairs(diffusion.T, steps, spacing)):
         if perturb is not None:
             x = perturb(x, t)
         x = denoise_step(net, diffusion, x, t, prev, sampler, noise, clip)
@@ -434,7 +559,7 @@ def parse_args(argv=None):
 def claim_folder(out, picture, provenance, overwrite):
     """Check that the images in `out` were drawn as `provenance` says, or clear them; write it."""
     note = out / "samples.json"
-    images = sorted(out.glob("[0-9]" * 6 + ".png"))
+    images = [path for path in out.glob("*.png") if path.stem.isdigit()]
     drawn = images + [path for path in (out / "samples.npz", note, picture) if path.exists()]
     try:
         old = dict(json.loads(note.read_text()))

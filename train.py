@@ -24,11 +24,9 @@ import shutil
 import signal
 import sys
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
 
 # Beside another run, threads that wait by spinning make a step take four times as long; on an idle
 # machine they save a fifth. The policy is read when torch is imported.
@@ -37,15 +35,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from losses import MODES, READINGS, Diffusion, Objective, Perturbation, predict_eps, stratified_t
 from model import UNET_KEYS, build_network, load_weights, read_checkpoint
-from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, UserError, a_path,
-                    draw_images, duration, number, remove_leftovers, run_cli, save_grid, seed_for,
-                    setup_device, start_group, tell, ticker, to_uint8, user_errors,
+from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
+                    a_path, crop_resize, draw_images, duration, find_files, finite, is_run, number,
+                    open_images, remove_leftovers, run_cli, save_grid, seed_for, setup_device,
+                    size_and_date, start_group, tell, ticker, to_uint8, user_errors,
                     write_atomically, write_json)
 
 # ---------- Data: every set becomes one uint8 array (N, C, H, W)
@@ -73,52 +72,6 @@ def shapes(n, size, channels, seed):
     return np.round(255 * (0.15 + (colour - 0.15) * cover)).astype(np.uint8)
 
 
-class Source(NamedTuple):
-    """The images of one split of a data set, not decoded yet."""
-
-    items: Sequence  # one for each image; its name where it has one
-    read: Callable  # item -> PIL image
-    files: dict  # name below the root -> (bytes, date of its last change)
-    split: str | None  # None where the source is one bare set of images
-
-
-def is_image(name):
-    """By its suffix; hidden files and the Macintosh's shadow files are not."""
-    path = Path(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    return kind in Image.OPEN and not hidden and not str(name).endswith("/")
-
-
-def is_run(folder):
-    """Whether train.py has written this folder: it holds a config.json of ours."""
-    try:
-        return set(UNET_KEYS) <= json.loads((Path(folder) / "config.json").read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def find_files(root):
-    """The files below a folder, sorted; links are followed, each real folder is read once.
-
-    Runs and samples below it are left out: their pictures are no data.
-    Raises UserError for a link that leads nowhere.
-    """
-    seen, found = set(), []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        drawn = folder != str(root) and (is_run(folder) or "samples.json" in names)
-        if drawn or real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [Path(folder, name) for name in names]
-    broken = [file for file in found if not file.exists()]
-    if broken:
-        raise UserError(f"{broken[0]} is a link that leads nowhere")
-    return sorted(found)
-
-
 class ArrayUnpickler(pickle.Unpickler):
     """Reads CIFAR-10's batches: numpy arrays and plain values, nothing that could run."""
 
@@ -141,14 +94,6 @@ def open_idx(files):
     with gzip.open(files[0]) as file:
         shape = np.frombuffer(file.read(16), ">i4")[1:]
         return np.frombuffer(file.read(), np.uint8).reshape(shape), Image.fromarray
-
-
-def open_npz(files):
-    """What sample.py writes, arr_0, uint8 (N, H, W, C): (items, read)."""
-    images = np.load(files[0])["arr_0"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, C)")
-    return images[..., 0] if images.shape[-1] == 1 else images, Image.fromarray
 
 
 def open_lsun(files):
@@ -179,11 +124,11 @@ PUBLISHED = {
 }
 
 
-def published_files(dataset, files, split):
-    """The files of a published format among others, [] without; UserError: not just one set."""
+def published_files(dataset, root, split):
+    """The files of a published format below `root`, [] without; UserError: not just one set."""
     names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
     sets = {}
-    for file in files:
+    for file in find_files(root) if names and root.is_dir() else [root]:
         for name in names:
             if f"/{file.as_posix()}".endswith(f"/{name}"):
                 folder = file.parents[name.count("/")]
@@ -198,43 +143,24 @@ def published_files(dataset, files, split):
 
 
 def open_source(dataset, root, split="train"):
-    """The `Source` of a data set at `root`: a folder, a zip of images, or an npz.
+    """The `Source` of a data set at `root`: its published files, else a folder, zip or npz.
 
     Raises UserError for one that is empty or damaged, naming the file.
     """
-    files = find_files(root) if root.is_dir() else [root]
-    published = published_files(dataset, files, split)
-    images = published or [file for file in files if is_image(file.relative_to(root))]
-    used = {}
-    try:
-        if published:
-            items, read = PUBLISHED[dataset][0](published)
-        elif root.suffix == ".npz":
-            (items, read), images = open_npz(files), files
-        elif root.is_dir():
-            items, read = images, Image.open
-        else:
-            archive = zipfile.ZipFile(root)
-            used = {entry.filename: (entry.file_size, entry.date_time)
-                    for entry in archive.infolist() if is_image(entry.filename)}
-            items = sorted(used)
-
-            def read(name):
-                return Image.open(io.BytesIO(archive.read(name)))
-
-        used = used or {file.relative_to(root).as_posix(): (file.stat().st_size,
-                                                            file.stat().st_mtime_ns)
-                        for file in images}
-    except UserError:
-        raise
-    except Exception as error:  # A damaged file may raise anything.
-        raise UserError(f"{(published or [root])[0]} is not readable ({error})") from error
+    files = published_files(dataset, root, split)
+    if files:
+        with user_errors(Exception, prefix=f"{files[0]} is not readable: "):
+            items, read = PUBLISHED[dataset][0](files)
+            return Source(items, read, size_and_date(root if root.is_dir() else root.parent, files),
+                          split=split)
+    source = open_images(root)
     if dataset == "celeba":
         # The official split is by file number; a folder with fewer files than CelebA is used whole.
-        items = items[:162_770] if split == "train" else items[182_637:]
-    if not len(items):
+        items = source.items[:162_770] if split == "train" else source.items[182_637:]
+        source = source._replace(items=items, split=split)
+    if not len(source.items):
         raise UserError(f"no {split} images of {dataset} in {root}")
-    return Source(items, read, used, split if published or dataset == "celeba" else None)
+    return source
 
 
 def find_source(dataset, data_dir=None, split="train"):
@@ -243,12 +169,12 @@ def find_source(dataset, data_dir=None, split="train"):
     Raises UserError for one that is not there, or that torchvision cannot fetch.
     """
     root = Path(data_dir or f"data/{dataset}")
-    with user_errors(OSError, prefix=f"--data_dir {root}: "):
-        there = root.exists()
-    if data_dir and not there:
-        raise UserError(f"--data_dir {root}: no such file or folder")
-    if there:
-        with contextlib.nullcontext() if data_dir else contextlib.suppress(UserError):
+    if data_dir:
+        with user_errors(OSError, prefix=f"--data_dir {root}: "):
+            root.stat()
+        return open_source(dataset, root, split)
+    if root.exists():
+        with contextlib.suppress(UserError):  # Half a download is no data set yet.
             return open_source(dataset, root, split)
     makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
     if dataset not in makers:
@@ -264,41 +190,8 @@ def find_source(dataset, data_dir=None, split="train"):
     return open_source(dataset, root, split)
 
 
-def upright_8bit(image, channels):
-    """A PIL image as upright 8-bit RGB (3 channels) or grey (1); what is transparent turns white.
-
-    16-bit grey is scaled to 8.  Raises ValueError for floats and 32-bit integers: their range is
-    not known.
-    """
-    deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    if image.mode in ("I", "F") and not deep:
-        raise ValueError(f"its values are {'floats' if image.mode == 'F' else '32-bit integers'}, "
-                         "of a range that is not known: save it with 8 or 16 bits")
-    with contextlib.suppress(Exception):  # With a damaged EXIF block an image is taken as upright.
-        image = ImageOps.exif_transpose(image)
-    if deep:
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB" if channels == 3 else "L")
-
-
-def crop_resize(image, size, channels, aligned_celeba=False):
-    """PIL image -> uint8 (channels, size, size): upright, centre square, resized.
-
-    Shrinking averages over the area that a pixel covers (no aliasing); enlarging is bicubic.
-    CelebA's aligned 178x218 images are cropped to the usual 128x128 around (89, 121).
-    """
-    image = upright_8bit(image, channels)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if aligned_celeba and image.size == (178, 218):
-        side, left, top = 128, 25, 57
-    box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.BOX if side > size else Image.BICUBIC, box=box)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+# The usual 128x128 pixels of CelebA's aligned images, around (89, 121).
+CELEBA_FACE = (25, 57, 153, 185)
 
 
 def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None, split="train",
@@ -326,17 +219,17 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
     cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{key}.npy"
 
     def decode_one(i):
-        try:
-            return crop_resize(source.read(source.items[i]), image_size, in_channels,
-                               aligned_celeba=dataset == "celeba")
-        except Exception as error:  # A damaged file may raise anything.
-            item = source.items[i]
-            name = item if isinstance(item, (str, Path)) else f"image {i} of {root}"
-            raise UserError(f"{name}: not a readable image ({error})") from error
+        item = source.items[i]
+        name = item if isinstance(item, (str, Path)) else f"image {i} of {root}"
+        with user_errors(Exception, prefix=f"{name} is not a readable image: "):
+            image = source.read(item)
+            aligned = dataset == "celeba" and image.size == (178, 218)
+            return crop_resize(image, image_size, in_channels, CELEBA_FACE if aligned else None)
 
     def decode(path):
         n = len(source.items)
-        print(f"decoding {n:,} images of {root}", flush=True)
+        others = f"; {source.others:,} other files there are none" if source.others else ""
+        print(f"decoding {n:,} images of {root}{others}", flush=True)
         # Written, not memory-mapped: a full disk is an error then, and no signal.
         with (open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool,
               ticker("decoding", n) as tick):
@@ -355,6 +248,13 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
             write_atomically(cache, decode)
         with user_errors(ValueError, EOFError, prefix=f"{cache} is damaged, delete it: "):
             return np.load(cache, mmap_mode="r")
+
+
+def identity(source):
+    """What tells data from others: their number and a hash over names and sizes, not dates."""
+    names = [(name, size) for name, (size, _) in source.files.items()] if source else []
+    return {"files": len(names),
+            "sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}
 
 
 def limit_images(images, limit, seed):
@@ -432,7 +332,7 @@ PRESETS = {
 # What a checkpoint fixes: the shape of its weights, or the meaning of t.
 FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
 # The flags that are no settings of a run.
-SESSION = ("out", "resume", "anew", "overwrite", "new_data", "device")
+SESSION = ("out", "resume", "overwrite", "new_data", "device")
 
 
 def widths(text):
@@ -537,7 +437,7 @@ def parse_args(argv=None):
 
     Raises UserError for flags that are wrong, foolish together, or at odds with the checkpoint.
     """
-    # What the defaults depend on is read first, with those of another data set.
+    # What the defaults depend on is read first.
     argv = sys.argv[1:] if argv is None else list(argv)
     given = make_parser().parse_args([word for word in argv if word not in ("-h", "--help")])
     out = given.out or Path(f"out/{given.dataset}-{given.mode}")
@@ -545,24 +445,23 @@ def parse_args(argv=None):
         raise UserError("--resume goes on with a run, --overwrite replaces it: which of them?")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
-    anew = given.resume and not (out / "ckpt.pt").exists() and is_run(out)
-    saved, stored, start = None, {}, out if given.resume else given.init_from
+    # A run that was killed before its first step has left its lock alone.
+    anew = given.resume and (out / ".lock").exists() and not (out / "ckpt.pt").exists()
     if anew:
         print(f"{out} has no checkpoint yet: starting anew", flush=True)
-        stored = {key: tuple(value) if isinstance(value, list) else value
-                  for key, value in json.loads((out / "config.json").read_text()).items()}
-        start = stored.get("init_from")
+    resume = given.resume and not anew
+    saved, stored, start = None, {}, out if resume else given.init_from
     if start:
         with user_errors(ValueError):
             saved = read_checkpoint(start)
-        stored = stored or saved["config"]
+        stored = saved["config"]
     p = make_parser(given.dataset)
-    known = FIXED + ("dropout",)
-    if given.resume:
-        known = {action.dest for action in p._actions} - set(SESSION)
-    p.set_defaults(**{key: value for key, value in stored.items() if key in known})
+    kept = {*FIXED, "dropout"}
+    if resume:
+        kept = {action.dest for action in p._actions} - set(SESSION)
+    p.set_defaults(**{key: value for key, value in stored.items() if key in kept})
     args = p.parse_args(argv)
-    args.out, args.anew = out, anew
+    args.out, args.resume = out, resume
 
     for key in FIXED:
         if saved and getattr(args, key) != stored.get(key):
@@ -583,13 +482,16 @@ def parse_args(argv=None):
 # ---------- Run folder
 
 DIGITS = "[0-9]" * 7
+RUN_FILES = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.png",
+             f"samples_{DIGITS}.png")
 
 
-def run_files(out):
-    """The files in a folder that have the names of a run's."""
-    patterns = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.png",
-                f"samples_{DIGITS}.png")
-    return [path for pattern in patterns for path in out.glob(pattern)]
+def run_files(out, beyond=0):
+    """The files in a folder that have the names of a run's; those of a step past `beyond`."""
+    files = [path for pattern in RUN_FILES for path in out.glob(pattern)]
+    if not beyond:
+        return files
+    return [path for path in files if path.stem[-7:].isdigit() and int(path.stem[-7:]) > beyond]
 
 
 def lock_folder(out):
@@ -611,9 +513,8 @@ def drop_beyond(out, step):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
-    for path in [*out.glob(f"ckpt_{DIGITS}.pt"), *out.glob(f"samples_{DIGITS}.png")]:
-        if int(path.stem[-7:]) > step:
-            path.unlink()
+    for path in run_files(out, beyond=step):
+        path.unlink()
 
 
 def save_checkpoint(out, state, keep):
@@ -662,6 +563,11 @@ def agreed(world):
 # ---------- Training
 
 
+def learning_rate(step, cfg):
+    """Adam's rate in a step, from 0: linear warm-up, then constant."""
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
+
+
 def update(objective, parts, weights, averages, optimizer, scaler, autocast, grad_clip, decay):
     """One optimiser step on the sum of parts, (x0, t, eps) each, and the EMA's.
 
@@ -686,6 +592,46 @@ def update(objective, parts, weights, averages, optimizer, scaler, autocast, gra
     return total
 
 
+def first_unsound(table, scaled):
+    """The first row of figures (n, k), loss first and gradient last, not finite; None: all are.
+
+    scaled: under fp16 the scaler skips a step whose gradient overflows.
+    """
+    sound = table[:, 0].isfinite() & (table[:, -1].isfinite() | scaled)
+    return None if sound.all() else int(sound.int().argmin())
+
+
+def log_line(row, steps):
+    """A row of log.jsonl for the screen, in less than 120 characters."""
+    shown = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", "dsm", "reg", "grad_norm")
+                      if name in row)
+    return (f"step {row['step']:,}/{steps:,}  {shown}  {row['img_s']:.0f} img/s  "
+            f"{row['s_step']:.3f} s/step  data {row['data_wait']:.0%}  "
+            f"ETA {duration(row['eta_s'])}")
+
+
+def any_rank(signals, world):
+    """The signal that this or another process has received, 0 without. It waits for no GPU."""
+    number = torch.tensor(max(signals, default=0))
+    if world > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def catch_signals():
+    """A list that gets the number of a signal to stop; a second one ends the process at once."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(name) != signal.SIG_IGN:  # As nohup sets it.
+            signal.signal(name, note)
+    return received
+
+
 def main(argv=None):
     """Entry point; see the module's docstring."""
     args, saved = parse_args(argv)
@@ -700,11 +646,11 @@ def main(argv=None):
 
     # --- settings: whatever can be wrong is found before anything is written
 
-    resumed = saved if args.resume and not args.anew else None
+    resumed = saved if args.resume else None
     start = resumed["step"] if resumed else 0
     parts = world * cfg.accum  # Each takes every parts-th image of a batch.
     with agreed(world):
-        there = run_files(out) if lead and not args.resume else []
+        there = run_files(out) if lead and not resumed else []
         if there and not is_run(out):
             raise UserError(f"{there[0]} is of no run that could be replaced: take another --out")
         if there and not args.overwrite:
@@ -725,21 +671,21 @@ def main(argv=None):
     with agreed(world):
         loaded = load() if local == 0 else None
     source, images = loaded or load()
-    # Names and sizes say what data are; dates and places do not.
-    names = [(name, size) for name, (size, _) in source.files.items()] if source else []
-    data = {"files": len(names),
-            "sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}
+    data = identity(source)
     before = resumed.get("data", data) if resumed else data
     if before != data and not args.new_data:
         raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
                         f"{data['files']}): --new_data accepts it")
     images = limit_images(images, cfg.limit, cfg.seed)
     kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
+    # This process's places in a batch, part after part.
+    places = np.concatenate([np.arange(part, cfg.batch_size, parts)
+                             for part in range(rank, parts, world)])
+    mine = torch.from_numpy(places).to(device)
 
     def fetch(step):
-        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)
-        mine = np.concatenate([index[part::parts] for part in range(rank, parts, world)])
-        batch = training_images(images, mine, kinds, cfg.noise_std, cfg.seed)
+        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)[places]
+        batch = training_images(images, index, kinds, cfg.noise_std, cfg.seed)
         return batch.pin_memory() if cuda else batch
 
     # --- network: the same initial weights on every rank
@@ -749,9 +695,9 @@ def main(argv=None):
         net = build_network(vars(cfg)).to(device, memory_format=torch.channels_last)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         diffusion = Diffusion(cfg.T, cfg.schedule, device)
-        for target, weights in ((net, "model" if resumed else "ema"), (ema, "ema")):
-            if saved:
-                load_weights(target, saved[weights], out if resumed else cfg.init_from)
+        if saved:
+            load_weights(net, saved["model" if resumed else "ema"], out)
+            load_weights(ema, saved["ema"], out)
     weights, averages = list(net.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, cfg.lr, fused=True)
     amp = cfg.amp
@@ -772,9 +718,8 @@ def main(argv=None):
                    if stored.get(key) != value]
         say("; ".join([f"resuming at step {start:,}", *changed]))
     del saved, resumed
-    fields = Perturbation.__dataclass_fields__
-    perturbation = Perturbation(**{key: value for key, value in vars(cfg).items()
-                                   if key in fields})
+    fields = Perturbation.__dataclass_fields__.keys() & vars(cfg)
+    perturbation = Perturbation(**{key: getattr(cfg, key) for key in fields})
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
     compiled = cuda if cfg.compile is None else cfg.compile
     if compiled:
@@ -793,149 +738,127 @@ def main(argv=None):
 
     # --- run folder: claimed now, and written to once the first step has succeeded
 
-    log = out / "log.jsonl"
     with agreed(world), user_errors(OSError, prefix=f"--out {out}: "):
         if lead:
             out.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(out)  # noqa: F841  held until the process ends
 
-    def begin_run():
+    def clear():
         remove_leftovers(out)
         for path in run_files(out) if args.overwrite else []:
             path.unlink()
         if args.resume:
             drop_beyond(out, start)
+
+    def describe():
         write_json(out / "config.json", vars(cfg))
         some = np.linspace(0, len(images) - 1, min(64, len(images))).astype(int)
         save_grid(to_uint8(training_images(images, some, kinds, cfg.noise_std, cfg.seed)),
                   out / "data.png")
 
+    def save():
+        save_checkpoint(out, {
+            "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "config": vars(cfg), "data": data}, cfg.keep)
+
+    def draw():
+        size = max(1, 64 * 64**2 // cfg.image_size**2)  # Large images need their memory.
+        drawn = draw_images(ema, diffusion, images.shape[1:], range(64), cfg.seed,
+                            steps=min(50, cfg.T), batch_size=min(64, size), device=device,
+                            title="samples")
+        save_grid(np.concatenate([part for _, part in drawn]), out / f"samples_{step:07d}.png")
+
     # --- loop
 
-    signals = []
-
-    def ask_to_stop(received, _):
-        signals.append(received)
-        signal.signal(received, signal.SIG_DFL)  # A second one ends the process at once.
-
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(name) != signal.SIG_IGN:  # As nohup sets it.
-            signal.signal(name, ask_to_stop)
+    signals = catch_signals()
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(fetch, start)
     step = kept = start
     recent, waited, stop = [], 0.0, False
-    last_vote, next_vote = start, start + 1
-    began = mark = voted = time.perf_counter()
+    began = mark = time.perf_counter()
 
     while step < cfg.steps and not stop:
         tic = time.perf_counter()
-        batch = ahead.result()
+        x0 = ahead.result().to(device, non_blocking=True)
         waited += time.perf_counter() - tic
         ahead = loader.submit(fetch, step + 1)
+
         # All that is random in a step depends on (seed, rank, step): resume is exact. Flips, t
         # and eps are drawn for the whole batch: they do not depend on the number of parts.
         torch.manual_seed(seed_for(STEP, cfg.seed, 0, step))
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
-        flipped = torch.rand(cfg.batch_size, 1, 1, 1, device=device) < 0.5
-        t = stratified_t(cfg.batch_size, cfg.T, device)
-        eps = torch.empty((cfg.batch_size, *images.shape[1:]), device=device,
-                          memory_format=torch.channels_last).normal_()
-        mine = []
-        for i, x0 in enumerate(batch.to(device, non_blocking=True).chunk(cfg.accum)):
-            part = slice(rank + i * world, None, parts)
-            if cfg.flip:
-                x0 = torch.where(flipped[part], x0.flip(-1), x0)
-            mine.append((x0.contiguous(memory_format=torch.channels_last), t[part],
-                         eps[part].contiguous(memory_format=torch.channels_last)))
+        flipped = torch.rand(cfg.batch_size, 1, 1, 1, device=device)[mine] < 0.5
+        t = stratified_t(cfg.batch_size, cfg.T, device)[mine]
+        eps = torch.randn(cfg.batch_size, *images.shape[1:], device=device)[mine]
         if rank:
             torch.manual_seed(seed_for(STEP, cfg.seed, rank, step))
+        if cfg.flip:
+            x0 = torch.where(flipped, x0.flip(-1), x0)
+        x0, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x0, eps))
 
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
         # The decay ramps up, so that a short run's average is not one of its first weights. One
         # that begins with another run's weights must not forget them.
         decay = cfg.ema if cfg.init_from else min(cfg.ema, (1 + step) / (10 + step))
-        figures = update(objective, mine, weights, averages, optimizer, scaler, autocast,
-                         cfg.grad_clip, decay)
+        figures = update(objective, list(zip(*(x.chunk(cfg.accum) for x in (x0, t, eps)))), weights,
+                         averages, optimizer, scaler, autocast, cfg.grad_clip, decay)
         recent.append(torch.stack(list(figures.values())))
         step += 1
 
-        # All ranks stop at the same step. To agree waits for the device, hence every few seconds.
-        if world == 1:
-            stop = bool(signals)
-        elif step == next_vote:
-            vote = torch.tensor([len(signals), time.perf_counter() - voted], device=device)
-            dist.all_reduce(vote)
-            stop = vote[0].item() > 0
-            every = max(1, int(3 * world * (step - last_vote) / vote[1].item()))
-            voted, last_vote, next_vote = time.perf_counter(), step, step + every
-        first = step == start + 1
+        # The figures stay on the device until something is due.
+        stop = any_rank(signals, world)
+        first, last = step == start + 1, step == cfg.steps
         logs, saves, draws = (every and step % every == 0 for every in (
             cfg.log_every, cfg.save_every, cfg.sample_every))
-        ends = stop or step == cfg.steps
-        # The figures stay on the device until something is due.
-        if not (first or logs or saves or draws or ends or len(recent) % 100 == 0):
+        draws = draws or last and cfg.sample_every
+        saves = saves or draws or step == 1 or last or stop
+        if not (first or logs or saves or len(recent) % 100 == 0):
             continue
 
         table = torch.stack(recent)
         if world > 1:
             dist.all_reduce(table)
         table = (table / world).cpu()
-        # Under fp16 the scaler skips a step whose gradient overflows.
-        sound = table[:, 0].isfinite() & (table[:, -1].isfinite() | scaler.is_enabled())
-        bad = None if sound.all() else step - len(recent) + 1 + int(sound.int().argmin())
-        saves = saves or draws or ends  # To draw may take longer than a cluster's patience.
+        bad = first_unsound(table, scaler.is_enabled())
         if bad is None and saves and not still_sound((net, ema), diffusion, images.shape[1:],
                                                      device):
-            bad = step
+            bad = len(recent) - 1
         if bad is not None:
             good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
-            raise UserError(f"the loss, its gradient or the prediction is not finite at step {bad};"
-                            f" last good checkpoint: {good}")
+            raise UserError(f"the loss, its gradient or the prediction is not finite at step "
+                            f"{step - len(recent) + 1 + bad}; last good checkpoint: {good}")
+        tic = time.perf_counter()
         if first and lead:
-            begin_run()
-        if first or logs:
+            clear()
+        if saves and lead:
+            save()
+        kept = step if saves else kept
+        if first and lead:
+            describe()
+        if draws and lead:
+            draw()
+        mark += time.perf_counter() - tic  # A picture's time is not a step's.
+        if logs or first or last:
             spent = (time.perf_counter() - mark) / len(recent)
             means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
-            shown = dict(zip(figures, means))
-            finite = {name: mean if math.isfinite(mean) else None for name, mean in shown.items()}
-            row = {"step": step, **finite, "img_s": cfg.batch_size / spent,
-                   "s_step": spent, "data_wait": waited / len(recent) / spent,
-                   "eta_s": (cfg.steps - step) * spent}
-            say(f"step {step:,}/{cfg.steps:,}  "
-                + "  ".join(f"{name} {mean:.4f}" for name, mean in shown.items())
-                + f"  {row['img_s']:.1f} img/s  {spent:.3f} s/step  data {row['data_wait']:.1%}"
-                + f"  ETA {duration(row['eta_s'])}")
-        if logs and lead:
-            with open(log, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            row = {"step": step, **dict(zip(figures, means)), "lr": learning_rate(step - 1, cfg),
+                   "img_s": cfg.batch_size / spent, "s_step": spent,
+                   "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
+            say(log_line(row, cfg.steps))
+        if (logs or last) and lead:
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(finite(row)) + "\n")
         if logs or len(recent) >= 1000:
             recent, waited, mark = [], 0.0, time.perf_counter()
-        tic = time.perf_counter()
-        if saves and lead:
-            save_checkpoint(out, {
-                "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "config": vars(cfg), "data": data}, cfg.keep)
-        if saves:
-            kept = step
-        if (draws or cfg.sample_every and step == cfg.steps) and lead:
-            size = max(1, 64 * 64**2 // cfg.image_size**2)  # Large images need their memory.
-            drawn = draw_images(ema, diffusion, images.shape[1:], range(64), cfg.seed,
-                                steps=min(50, cfg.T), batch_size=min(64, size), device=device,
-                                title="samples")
-            save_grid(np.concatenate([part for _, part in drawn]),
-                      out / f"samples_{step:07d}.png")
-        mark += time.perf_counter() - tic  # A picture's time is not a step's.
 
     loader.shutdown()
     if world > 1:
         dist.destroy_process_group()
     if stop:
-        received = signals[0] if signals else signal.SIGTERM
-        name = signal.Signals(received).name
+        name = signal.Signals(stop).name
         say(f"stopped by {name} at step {step:,}; saved, --resume continues")
-        return 128 + received
+        return 128 + stop
     say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}; "
         f"python sample.py {out} draws from it")
 

@@ -385,7 +385,7 @@ def check_masks(args, ways=HOW[:2]):
             for mode in ("random", "adv"):
                 objective = Objective(net, Diffusion(device=args.device), mode, cfg).train()
                 rows[f"residual {mode}"] = objective(x, t, torch.randn_like(x))[1][
-                    "residual"].item()
+                    "equivariance"].item()
         found[how] = rows
     torch.compiler.reset()
     return found

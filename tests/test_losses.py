@@ -279,7 +279,7 @@ def test_branches_share_their_dropout():
     cfg = Perturbation(beta_min=1e-6, beta_max=1e-6)
     for mode in ("random", "adv"):
         _, figures = MODES[mode].loss(net, d, x0, t, eps, cfg)
-        assert figures["residual"] < 1e-9
+        assert figures["equivariance"] < 1e-9
     # and the next draw does not repeat the perturbation's: every step's noise is fresh
     points = mlp()
     torch.manual_seed(0)
@@ -301,7 +301,7 @@ def test_target_branch_and_figures():
         loss.backward()
         grads[detach] = torch.cat([p.grad.flatten() for p in net.parameters()])
         assert loss.item() == pytest.approx((figures["dsm"] + figures["reg"]).item())
-        assert set(figures) == {"dsm", "reg", "residual", "omega"}
+        assert set(figures) == {"dsm", "reg", "equivariance", "omega"}
         assert not any(value.requires_grad for value in figures.values())
     assert not torch.allclose(grads[False], grads[True])
     dsm, _ = losses.dsm(net, d, x0, t, eps)
@@ -349,7 +349,7 @@ def test_compiled_branches_drop_the_same_units(backend, monkeypatch):
             t = stratified_t(8, 1000)
             loss, figures = MODES["adv"].loss(net, diffusion, x0, t, eps, cfg)
             loss.backward()
-            assert seen[-1] == 0 and figures["residual"] == 0
+            assert seen[-1] == 0 and figures["equivariance"] == 0
             losses_seen.add(loss.item())
     assert len(losses_seen) == len(seen)
 
@@ -521,7 +521,7 @@ def test_a_share_keeps_the_dropout_mask_of_its_branches():
     # so small a radius that only different masks could leave a residual
     cfg = Perturbation(reg_share=0.5, beta_min=1e-4, beta_max=1e-4)
     _, figures = MODES["random"].loss(net, diffusion, x0, t, eps, cfg)
-    assert figures["residual"] < 1e-3
+    assert figures["equivariance"] < 1e-3
 
 
 def test_forward_units():
