@@ -29,6 +29,7 @@ from torch import nn
 
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
+from model import diffusers_folder
 from sample import (ATTACK, EOT, FIXED_BATCH, Parser, UserError, a_path, check_writable, comma_list,
                     crop_resize, denoise_step, draw_images, image_noise, load_run, number, run_cli, save_grid,
                     save_npz, seed_for, setup_device, ticker, user_errors, step_pairs,
@@ -132,7 +133,7 @@ def load_samples(args, about):
     A run is drawn from by that function: after whatever can be wrong has been found.
     """
     path = args.samples
-    if (path / "ckpt.pt").exists() or path.suffix == ".pt":
+    if (path / "ckpt.pt").exists() or path.suffix == ".pt" or diffusers_folder(path):
         run = open_run(path, args, about, args.steps)
         about["num"] = args.num or 50_000
         return run.shape, lambda: draw(run, about["num"], args, "drawing", args.steps, args.sampler,

@@ -23,13 +23,13 @@ class Diffusion:
     """Variance-preserving forward process of T steps; t is an int64 tensor (B,) in 0..T-1.
 
     schedule: "linear", beta from 1e-4 to .02 at T = 1000 (Ho et al. 2020), scaled by 1000 / T;
-    or "cosine" (Nichol & Dhariwal 2021).  Raises ValueError on any other, or T < 1.
+    or "cosine" (Nichol & Dhariwal 2021).  Raises ValueError on any other, or T out of 1..10^6.
     `alpha_bar` is float64 on the CPU, (T,): samplers read it; `sqrt_a` and `s` are float32.
     """
 
     def __init__(self, T=1000, schedule="linear", device="cpu"):
-        if T < 1:
-            raise ValueError(f"T = {T}: at least one step")
+        if not 1 <= T <= 10**6:
+            raise ValueError(f"T = {T}: between 1 and 1,000,000 steps")
         if schedule == "linear":
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":

@@ -1,8 +1,9 @@
-"""The DDPM U-Net (Ho et al. 2020), and its weights: reading the checkpoints of train.py.
+"""The DDPM U-Net (Ho et al. 2020), and its weights: train.py's checkpoints, diffusers' folders.
 
 Whatever does not fit raises ValueError; the scripts turn it into a line for the user.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def xavier_init(layer, gain=1.0):
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def norm_groups(channels):
+    """Groups of the normalisations: the published 32; a narrow network has 4 channels in each."""
+    return next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
 
 
 # Layers that end a residual branch start near zero, so that every block starts as the identity.
@@ -126,8 +132,7 @@ class UNet(nn.Module):
         if channels < 4 or channels % 2:
             raise ValueError(f"channels {channels}: the width is an even number, 4 or more")
 
-        # The published networks have 32 groups; a narrow one keeps at least 4 channels in each.
-        groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
+        groups = norm_groups(channels)
         emb = 4 * channels
         self.channels = channels
         self.emb1 = xavier_init(nn.Linear(channels, emb))
@@ -212,13 +217,15 @@ def build_network(config):
 
 
 def read_checkpoint(path):
-    """The checkpoint at `path` (a file, or a run folder that holds ckpt.pt), as train.py wrote it.
+    """The weights at `path`, a dict: model, ema (state dicts), step (int), config (dict).
 
-    It is loaded to the CPU with weights_only=True: code in a file is refused, not run.
-    Returns a dict: model, ema, optimizer, scaler (state dicts), step (int), config (dict).
-    Raises ValueError when it is missing, truncated or foreign.
+    path: a checkpoint of train.py (a file, or a run folder that holds ckpt.pt; with optimizer and
+    scaler) or a folder that diffusers wrote, at step 0, see `read_diffusers`. All is loaded to the
+    CPU without running code in a file.  Raises ValueError: missing, truncated or foreign.
     """
     path = Path(path)
+    if diffusers_folder(path):
+        return read_diffusers(diffusers_folder(path))
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -227,11 +234,11 @@ def read_checkpoint(path):
     except Exception as error:  # A damaged file may raise anything.
         raise ValueError(f"{path} is not a checkpoint of train.py: truncated, foreign, or with "
                          "code in it (not run)") from error
-    wanted = {"model", "ema", "optimizer", "scaler", "step", "config"}
-    if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {sorted(wanted)}")
-    if not isinstance(checkpoint["config"], dict):
-        raise ValueError(f"{path} is not a checkpoint of train.py: its config is no dict")
+    wanted = {"model": dict, "ema": dict, "optimizer": dict, "scaler": dict, "step": int,
+              "config": dict}
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), kind) for key, kind in wanted.items()):
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(wanted)}")
     return checkpoint
 
 
@@ -241,3 +248,178 @@ def load_weights(net, state, path):
         net.load_state_dict(state)
     except (AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: its weights do not fit its config") from error
+
+
+# ---------- diffusers: its UNet2DModel is the same network under other names
+
+# What a UNet2DModel may be beside its shape, by default; what DDPM's, and ours, is instead.
+DEFAULTS = {"act_fn": "silu", "center_input_sample": False, "mid_block_scale_factor": 1,
+            "resnet_time_scale_shift": "default", "attn_norm_num_groups": None, "dropout": 0.0,
+            "attention_head_dim": 8, "norm_num_groups": 32, "freq_shift": 0,
+            "flip_sin_to_cos": True, "downsample_padding": 1, "norm_eps": 1e-5}
+DDPM = {"freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "norm_eps": 1e-6}
+BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+
+
+def diffusers_config(config):
+    """The settings of the UNet2DModel that is `build_network(config)`, all of them."""
+    sizes = [config["image_size"] // 2**i for i in range(len(config["mult"]))]
+    attends = ["Attn" if size in config["attention"] else "" for size in sizes]
+    return {**DEFAULTS, **DDPM, "sample_size": config["image_size"],
+            "in_channels": config["in_channels"], "out_channels": config["in_channels"],
+            "block_out_channels": [config["channels"] * m for m in config["mult"]],
+            "layers_per_block": config["blocks"], "dropout": config["dropout"],
+            "down_block_types": [f"{a}DownBlock2D" for a in attends],
+            "up_block_types": [f"{a}UpBlock2D" for a in reversed(attends)],
+            "attention_head_dim": None, "norm_num_groups": norm_groups(config["channels"])}
+
+
+def diffusers_scheduler(T, schedule):
+    """The settings of the DDPMScheduler that is `losses.Diffusion(T, schedule)`."""
+    return {"num_train_timesteps": T, "beta_schedule": BETAS[schedule],
+            "beta_start": 0.1 / T, "beta_end": 20 / T, "prediction_type": "epsilon"}
+
+
+def diffusers_keys(net, blocks):
+    """{our parameter: its names in UNet2DModel}: three where q, k and v are one layer here."""
+    layers = {"emb1": "time_embedding.linear_1", "emb2": "time_embedding.linear_2",
+              "conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out",
+              "mid1.0": "mid_block.resnets.0", "mid1.1": "mid_block.attentions.0",
+              "mid2.0": "mid_block.resnets.1"}
+    for side in ("down", "up"):
+        for i, group in enumerate(getattr(net, side)):
+            level, j = divmod(i, blocks + 1)
+            place = {ResBlock: f"resnets.{j}", Attention: f"attentions.{j}",
+                     Downsample: "downsamplers.0", Upsample: "upsamplers.0"}
+            for k, layer in enumerate(group):
+                layers[f"{side}.{i}.{k}"] = f"{side}_blocks.{level}.{place[type(layer)]}"
+    inside = {"emb": ["time_emb_proj"], "skip": ["conv_shortcut"], "norm": ["group_norm"],
+              "out": ["to_out.0"], "qkv": ["to_q", "to_k", "to_v"]}
+    keys = {}
+    for key in net.state_dict():
+        layer, kind = key.rsplit(".", 1)
+        block, _, leaf = layer.rpartition(".")
+        names = [layers[layer]] if layer in layers else [
+            f"{layers[block]}.{name}" for name in inside.get(leaf, [leaf])]
+        keys[key] = [f"{name}.{kind}" for name in names]
+    return keys
+
+
+def read_safetensors(path):
+    """{name: float32 tensor} of a .safetensors file: 8 bytes of length, a JSON header, raw data.
+
+    Raises whatever a damaged or hostile header leads to.
+    """
+    data = Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, body, tensors = json.loads(data[8:start]), data[start:], {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if not 0 <= first < last <= len(body):
+            raise ValueError(f"{name} lies outside the file")
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
+        raw = torch.frombuffer(bytearray(body[first:last]), dtype=dtype)
+        tensors[name] = raw.reshape(entry["shape"]).float()
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} as float32."""
+    raw = {name: x.detach().cpu().float().numpy().tobytes() for name, x in tensors.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, data in raw.items():
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape),
+                        "data_offsets": [end, end + len(data)]}
+        end += len(data)
+    text = json.dumps(header).encode()
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(raw.values()))
+
+
+def diffusers_folder(path):
+    """The folder of the UNet2DModel at `path`: it, its unet, or a weights file's own; or None."""
+    named = path.name.startswith("diffusion_pytorch_model")
+    places = [path.parent] if named else [path, path / "unet"]
+    return next((place for place in places if any(place.glob("diffusion_pytorch_model.*"))), None)
+
+
+def parse_diffusers(theirs, scheduler):
+    """The config of ours for a UNet2DModel's settings and a scheduler's ({} without).
+
+    Raises ValueError, naming it, for a setting that `UNet` cannot express.
+    """
+    size, widths, kinds = (theirs[key] for key in (
+        "sample_size", "block_out_channels", "down_block_types"))
+    attends = [kind.startswith("Attn") for kind in kinds]
+    config = {"image_size": size, "in_channels": theirs["in_channels"], "channels": widths[0],
+              "mult": tuple(width // widths[0] for width in widths),
+              "blocks": theirs["layers_per_block"], "dropout": theirs.get("dropout", 0.0),
+              "attention": tuple(size // 2**i for i, attend in enumerate(attends) if attend),
+              "T": scheduler.get("num_train_timesteps", 1000), "dataset": None,
+              "schedule": "cosine" if scheduler.get("beta_schedule") == BETAS["cosine"] else
+              "linear"}
+    heads = {width for width, attend in zip(widths, attends) if attend} | {widths[-1]}
+    if {theirs.get("attention_head_dim")} == heads:
+        theirs = {**theirs, "attention_head_dim": None}  # One head, as wide as its layer.
+    for ours, read in ((diffusers_config(config), {**DEFAULTS, **theirs}),
+                       (diffusers_scheduler(config["T"], config["schedule"]), scheduler)):
+        for key, value in ours.items():
+            if read.get(key, value) != value:
+                raise ValueError(f"{key} is {read[key]}, this network has {value}")
+    return config
+
+
+def read_diffusers(folder):
+    """The weights in a folder of diffusers' UNet2DModel, in `read_checkpoint`'s form, at step 0.
+
+    It holds config.json and diffusion_pytorch_model.safetensors or .bin; T and the schedule are
+    those of a scheduler_config.json that lies there or beside it, else DDPM's.
+    Raises ValueError, naming what it is, where this is not the network that `UNet` builds.
+    """
+    try:
+        file = max(folder.glob("diffusion_pytorch_model.*"))  # .safetensors, if both are there
+        scheduler = next((place / "scheduler_config.json" for place in (
+            folder.parent / "scheduler", folder / "scheduler", folder)
+            if (place / "scheduler_config.json").is_file()), None)
+        config = parse_diffusers(json.loads((folder / "config.json").read_text()),
+                                 json.loads(scheduler.read_text()) if scheduler else {})
+        net = build_network(config)
+        tensors = read_safetensors(file) if file.suffix == ".safetensors" else torch.load(
+            file, map_location="cpu", weights_only=True)
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
+                         ("proj_attn", "to_out.0")):  # The names of 2022.
+            tensors = {name.replace(f".{old}.", f".{new}."): x for name, x in tensors.items()}
+        shapes = {key: value.shape for key, value in net.state_dict().items()}
+        state = {key: torch.cat([tensors.pop(name) for name in names]).float().reshape(shapes[key])
+                 for key, names in diffusers_keys(net, config["blocks"]).items()}
+        if tensors:
+            raise ValueError(f"{next(iter(tensors))} has no place in this network")
+    except Exception as error:  # A damaged or hostile file may raise anything.
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder} is no UNet2DModel that fits: {reason}") from error
+    return {"model": state, "ema": state, "step": 0, "config": config}
+
+
+def write_diffusers(net, config, folder):
+    """Write a folder that diffusers' DDPMPipeline and UNet2DModel (in unet/) open.
+
+    Raises ValueError for a first level that is wider than its input, which they have not.
+    """
+    if config["mult"][0] != 1:
+        raise ValueError(f"diffusers has no network with --mult {config['mult'][0]} at first")
+    state, tensors = net.state_dict(), {}
+    for key, names in diffusers_keys(net, config["blocks"]).items():
+        for name, part in zip(names, state[key].chunk(len(names))):
+            # The convolutions of our attention are linear layers there.
+            tensors[name] = part.flatten(1) if ".to_" in name and part.dim() > 1 else part
+    files = {
+        "model_index.json": {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"],
+                             "scheduler": ["diffusers", "DDPMScheduler"]},
+        "unet/config.json": {"_class_name": "UNet2DModel", **diffusers_config(config)},
+        "scheduler/scheduler_config.json": {
+            "_class_name": "DDPMScheduler", "clip_sample": True, "variance_type": "fixed_small",
+            **diffusers_scheduler(config["T"], config["schedule"])}}
+    for name, settings in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(settings, indent=2) + "\n")
+    write_safetensors(folder / "unet/diffusion_pytorch_model.safetensors", tensors)

@@ -1,7 +1,9 @@
-"""Draw images from a trained model.
+"""Draw images from a trained model; clean noisy ones with it; hand it to diffusers.
 
     python sample.py out/cifar10-adv --num 50000 --sampler ddim --steps 100
     torchrun --nproc_per_node=8 -- sample.py out/cifar10-adv --num 50000
+    python sample.py out/cifar10-adv --denoise photos --noise_std 0.2
+    python sample.py out/cifar10-adv --export cifar10-adv
 
 Image k depends on (--seed, k) and the weights alone: not on the batch size, nor on how many
 processes share the work (but for rounding: at times one level of 255). An interrupted run,
@@ -21,17 +23,18 @@ import sys
 import time
 import zipfile
 from datetime import timedelta
+from itertools import count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from losses import Diffusion, denoise
-from model import UNET_KEYS, build_network, load_weights, read_checkpoint
+from model import UNET_KEYS, build_network, load_weights, read_checkpoint, write_diffusers
 
 # ---------- Plumbing that every script shares: mistakes, flags, devices, progress, files, seeds
 
@@ -266,6 +269,53 @@ def save_grid(images, path, columns=8):
     Image.fromarray(sheet.squeeze()).save(path)
 
 
+BLUE, RED, GREY, BLACK = (40, 90, 200), (215, 40, 30), (170, 170, 170), (0, 0, 0)
+COLOURS = (BLUE, RED, GREY, (30, 140, 60), (230, 140, 20), (130, 60, 170))
+
+
+def draw_layers(layers, texts=(), size=160):
+    """Layers [(xy, colour, width)] in [-1, 1]^2, y upwards, as a square PIL image of `size` pixels.
+
+    xy: dots (n, 2) of radius `width`, or lines (m, n, 2) of that width, in half pixels.
+    texts: [((x, y), text, colour, Pillow's anchor)].
+    """
+    side = 2 * size  # drawn twice as large and then shrunk, so that lines are smooth
+    image = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(image)
+    for xy, colour, width in layers:
+        # Diverged dots are kept on the frame; far outside, Pillow's integers would overflow
+        edge = 0.99 if np.ndim(xy) == 2 else 9
+        xy = (np.nan_to_num(xy, nan=edge).clip(-edge, edge) * [1, -1] + 1) * side / 2
+        for line in xy if xy.ndim == 3 else ():
+            pen.line([tuple(point) for point in line], colour, width)
+        for x, y in xy if xy.ndim == 2 else ():
+            pen.ellipse((x - width, y - width, x + width, y + width), colour)
+    for (x, y), text, colour, anchor in texts:
+        pen.text(((1 + x) * size, (1 - y) * size), text, colour, ImageFont.load_default(22), anchor)
+    pen.rectangle((0, 0, side - 1, side - 1), outline=GREY, width=2)
+    return image.resize((size, size), Image.LANCZOS)
+
+
+def draw_chart(curves, x_label, y_label, low=None, high=None, size=160):
+    """Curves {name: points (n, 2)} with axes from `low` to `high`, each (x, y), as `draw_layers`.
+
+    None: the smallest and largest of the data.  Points that are not finite are left out.
+    """
+    curves = {name: np.asarray(xy, dtype=float) for name, xy in curves.items()}
+    curves = {name: xy[np.isfinite(xy).all(1)] for name, xy in curves.items()}
+    every = np.concatenate(list(curves.values()))
+    low = every.min(0) if low is None else low
+    high = every.max(0) if high is None else high
+    layers = [([[(-0.9, 0.75), (-0.9, -0.78), (0.9, -0.78)]], GREY, 2)]
+    texts = [((-0.9, 0.8), f"{y_label}, {low[1]:.2g} to {high[1]:.2g}", BLACK, "ls"),
+             ((0.9, -0.82), f"{x_label}, {low[0]:g} to {high[0]:.2g}", BLACK, "rt")]
+    for i, (name, xy), colour in zip(count(), curves.items(), cycle(COLOURS)):
+        xy = (xy - low) / np.maximum(np.subtract(high, low), 1e-12) * (1.8, 1.5) - (0.9, 0.78)
+        layers += [(xy[None], colour, 4), (xy, colour, 4)]
+        texts.append(((0.9, 0.7 - 0.15 * i), name, colour, "rt"))
+    return draw_layers(layers, texts, size)
+
+
 # The first word of every seed, so that no two uses of randomness share a stream.
 INIT, ORDER, CHOICE, CORRUPT, STEP, IMAGE, SHAPES, TOY, ATTACK, FIXED_BATCH, EOT, LIMIT = \
     range(1, 13)
@@ -478,22 +528,62 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     return x
 
 
+def noise_estimate(x):
+    """The noise's std in images (B, C, H, W), each its own: (B,), nan below 2x2 pixels.
+
+    Median |finest diagonal Haar coefficient| / .6745 (Donoho & Johnstone 1994), over all channels.
+    Texture counts as noise: clean photographs of 32 pixels have .02 to .1 on the [-1, 1] scale.
+    """
+    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+    a, b, c, d = (x[..., i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
+    detail = ((a - b - c + d) / 2).abs().flatten(1)
+    if not detail.shape[1]:
+        return detail.new_full((len(x),), math.nan)
+    # In parts: torch.quantile takes 16 million numbers at most.
+    return torch.cat([part.quantile(0.5, dim=1) for part in detail.split(1000)]) / 0.6745
+
+
+@torch.no_grad()
+def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
+    """Denoise images (B, C, H, W) with noise of std (B,), each from its own time on; x0, (B, ...).
+
+    An image begins as x_t = sqrt(a) noisy at the one of `steps` times whose noise s / sqrt(a) is
+    nearest to its own, and goes down from there as `sample` does. noise: as of `sample`.
+    """
+    path = step_pairs(diffusion.T, steps, "respaced")
+    a = diffusion.alpha_bar[[t for t, _ in path]]
+    levels = ((1 - a) / a).sqrt().to(noisy.device)
+    first = (levels - std[:, None]).abs().argmin(1)
+    x = diffusion.sqrt_a[[t for t, _ in path]][first].view(-1, 1, 1, 1) * noisy
+    for i in range(int(first.min()), len(path)):
+        stepped = denoise_step(net, diffusion, x, *path[i], sampler, noise)
+        x = torch.where((first <= i).view(-1, 1, 1, 1), stepped, x)
+    return x
+
+
 def draw_images(net, diffusion, shape, indices, seed=0, sampler="ddim", steps=100,
                 spacing="respaced", batch_size=64, device="cpu", title="images", hook=None,
-                lead=True):
+                noisy=None, lead=True):
     """Draw the images of these indices, a batch at a time: yields (indices, uint8 (B, C, H, W)).
 
     hook: function(indices of a batch) -> the `perturb` of `sample`.  lead: show the progress.
+    noisy: (images (N, C, H, W), std (N,)): instead of drawing, clean those of these indices.
     Raises UserError where an image is not finite.
     """
     with ticker(title, len(indices), lead) as tick:
         for first in range(0, len(indices), batch_size):
-            batch = indices[first:first + batch_size]
-            x = sample(net, diffusion, image_noise(seed, batch, shape, device), sampler, steps,
-                       spacing, perturb=hook and hook(batch),
-                       progress=lambda i, n: tick(first + len(batch) * i / n))
+            batch = list(indices[first:first + batch_size])
+            noise = image_noise(seed, batch, shape, device)
+            if noisy:
+                x, std = (part[batch].to(device) for part in noisy)
+                x = clean_images(net, diffusion, x, std, noise, sampler, steps)
+            else:
+                x = sample(net, diffusion, noise, sampler, steps, spacing,
+                           perturb=hook and hook(batch),
+                           progress=lambda i, n: tick(first + len(batch) * i / n))
             if not x.isfinite().all():
                 raise UserError(f"{title}: an image is not finite; the weights may have exploded")
+            tick(first + len(batch))
             yield batch, to_uint8(x).cpu().numpy()
 
 
@@ -540,42 +630,58 @@ def load_run(path, device="cpu", raw=False):
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
-    p.add_argument("run", type=a_path, help="run folder of train.py, or a checkpoint file")
-    p.add_argument("--num", type=number(int, 1), default=64, help="how many images")
-    p.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
-    p.add_argument("--steps", type=number(int, 1), default=100, help="network calls an image")
-    p.add_argument("--spacing", choices=["respaced", "naive"], default="respaced",
-                   help="naive: one-step updates at strided time steps, which leave noise")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
-    p.add_argument("--batch_size", type=number(int, 1), default=64,
-                   help="images at a time in a process; it does not change them")
-    p.add_argument("--raw", action="store_true", help="raw weights instead of the EMA")
-    p.add_argument("--out", type=a_path, help="output folder; else RUN/samples")
-    p.add_argument("--overwrite", action="store_true", help="replace images of other settings")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
-    return p.parse_args(argv)
+    flag = p.add_argument
+    flag("run", type=a_path, help="run folder or checkpoint of train.py, or a diffusers folder")
+    flag("--num", type=number(int, 1), default=64, help="how many images")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
+    flag("--steps", type=number(int, 1), default=100, help="network calls an image")
+    flag("--spacing", choices=["respaced", "naive"], default="respaced",
+         help="naive: one-step updates at strided time steps, which leave noise")
+    flag("--denoise", type=a_path, help="instead clean these images: a folder, zip or npz")
+    flag("--noise_std", type=number(float, 0),
+         help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
+    flag("--export", type=a_path, help="instead write a folder that diffusers opens")
+    flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
+    flag("--batch_size", type=number(int, 1), default=64,
+         help="images at a time in a process; it does not change them")
+    flag("--raw", action="store_true", help="raw weights instead of the EMA")
+    flag("--out", type=a_path, help="output folder; else RUN/samples, or RUN/denoised")
+    flag("--overwrite", action="store_true", help="replace images of other settings")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
+    args = p.parse_args(argv)
+    if args.noise_std is not None and not args.denoise:
+        raise UserError("--noise_std is the noise of the images to --denoise")
+    return args
 
 
-def claim_folder(out, picture, provenance, overwrite):
-    """Check that the images in `out` were drawn as `provenance` says, or clear them; write it."""
+def claim_folder(out, picture, names, provenance, overwrite):
+    """Check that the images in `out` were made as `provenance` says, or clear them; write it.
+
+    Raises UserError for images of other settings, and for files that are not this script's.
+    """
     note = out / "samples.json"
-    images = [path for path in out.glob("*.png") if path.stem.isdigit()]
-    drawn = images + [path for path in (out / "samples.npz", note, picture) if path.exists()]
     try:
         old = dict(json.loads(note.read_text()))
     except (OSError, ValueError, TypeError):
         old = {}
+    images = [path for path in out.glob("*.png") if path.stem.isdigit()]
+    images += [out / name for name in old.get("noise_std", {}) if (out / name).exists()]
+    there = images + [path for path in (out / "samples.npz", picture) if path.exists()]
+    if "sampler" not in old:
+        found = [path for path in out.glob("*") if not path.name.startswith(".")] + there
+        if found:
+            raise UserError(f"{found[0]} was not made by sample.py: take another --out")
     changed = [key for key, value in provenance.items()
-               if key not in ("num", "run") and old.get(key) != value]
-    if len(images) > provenance["num"]:
+               if key not in ("num", "run") and old and old.get(key) != value]
+    if len(images) > len(names):
         changed.append(f"num, {len(images)} images there,")
-    if drawn and changed and not overwrite:
+    if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
                         "use --overwrite or another --out")
     with user_errors(OSError, prefix=f"--out {out}: "):
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
-        for path in drawn if changed else []:
+        for path in there if changed else []:
             path.unlink()
         write_json(note, provenance)
     check_writable(picture)
@@ -596,52 +702,97 @@ def save_npz(path, *arrays, **named):
         np.savez(file, *arrays, **named)
 
 
+def read_noisy(root, shape):
+    """Images to clean: (names of the PNGs to write, uint8 (N, C, H, W), cropped and resized)."""
+    source, names, images = open_images(root), [], []
+    for k, item in enumerate(source.items):
+        named = isinstance(item, (str, Path))
+        name = (Path(item).relative_to(root) if root.is_dir() else Path(item)) if named else None
+        names.append(str(name.with_suffix(".png")) if named else f"{k:06d}.png")
+        with user_errors(Exception, prefix=f"{item if named else names[-1]} is not readable: "):
+            images.append(crop_resize(source.read(item), shape[-1], shape[0]))
+    if len(set(names)) < len(names):
+        raise UserError(f"{root}: two of its images have one name but for the suffix")
+    return names, np.stack(images)
+
+
+def export(run, folder, overwrite):
+    """Write a `Run` as a folder of diffusers."""
+    if folder.exists() and not (overwrite and (folder / "model_index.json").exists()):
+        raise UserError(f"--export {folder} exists: take another, or --overwrite the model there")
+    with user_errors(ValueError, OSError, prefix=f"--export {folder}: "):
+        write_diffusers(run.net, run.config, folder)
+    print(f"DDPMPipeline.from_pretrained('{folder}') draws from the {run.origin['weights']} "
+          "weights; its UNet2DModel is in unet")
+
+
 def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
     rank, _, world, device = setup_device(args.device)
-    net, diffusion, _, shape, origin = load_run(args.run, device, args.raw)
+    run = load_run(args.run, device, args.raw)
+    net, diffusion, shape, lead = run.net, run.diffusion, run.shape, rank == 0
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
+    if args.export:
+        print(f"output {args.export}")
+        return export(run, args.export, args.overwrite)
     folder = args.run if args.run.is_dir() else args.run.parent
-    out = args.out or folder / "samples"
+    if not (folder / "ckpt.pt").exists():
+        folder = Path("out", args.run.stem)
+    out = args.out or folder / ("denoised" if args.denoise else "samples")
     picture = Path(f"{out.resolve()}.png")
-    provenance = {**origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
+    provenance = {**run.origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
                   "spacing": args.spacing, "seed": args.seed}
-    if rank == 0:
+    names, noisy = [f"{k:06d}.png" for k in range(args.num)], None
+    if args.denoise:
+        names, before = read_noisy(args.denoise, shape)
+        x = torch.from_numpy(before).float() / 127.5 - 1
+        std = noise_estimate(x)
+        if args.noise_std is not None:
+            std = torch.full_like(std, args.noise_std)
+        noisy = x, std
+        provenance |= {"num": len(names), "denoised": str(args.denoise),
+                       "noise_std": dict(zip(names, std.tolist()))}
+    if lead:
         print(f"output {out}")
-        print(f"{origin['weights']} weights of step {origin['step']}, {args.sampler} {args.steps} "
-              f"steps ({args.spacing}), {args.num} images on {world} x {device.type}", flush=True)
-        claim_folder(out, picture, provenance, args.overwrite)
+        print(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
+              f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
+              f"{device.type}", flush=True)
+        claim_folder(out, picture, names, provenance, args.overwrite)
+        for name, level in provenance.get("noise_std", {}).items():
+            tell(f"{name}: noise of std {level:.3f}")
     if world > 1:
         start_group(device)
         dist.barrier()
 
-    def path(k):
-        return out / f"{k:06d}.png"
-
-    mine = range(rank, args.num, world)
-    todo = [k for k in mine if not path(k).exists()]
-    if rank == 0 and len(todo) < len(mine):
+    mine = range(rank, len(names), world)
+    todo = [k for k in mine if not (out / names[k]).exists()]
+    if lead and len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
     start = time.time()
+
     title = "images" if world == 1 else f"images of process 0 of {world}"
     for batch, images in draw_images(net, diffusion, shape, todo, args.seed, args.sampler,
                                      args.steps, args.spacing, args.batch_size, device, title,
-                                     lead=rank == 0):
+                                     noisy=noisy, lead=lead):
         for k, image in zip(batch, images):
             image = Image.fromarray(image.transpose(1, 2, 0).squeeze())
-            write_atomically(path(k), lambda temporary: image.save(temporary, "PNG"))
+            (out / names[k]).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / names[k], lambda temporary: image.save(temporary, "PNG"))
 
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
-        images = np.stack([read_back(path(k), (*shape[1:], shape[0])) for k in range(args.num)])
+    if lead:
+        images = np.stack([read_back(out / name, (*shape[1:], shape[0])) for name in names])
         write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
-        save_grid(images[:64].transpose(0, 3, 1, 2), picture)
-        print(f"{args.num} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
-              f"the first {min(args.num, 64)} in {picture}, {duration(time.time() - start)}")
+        shown = images[:64].transpose(0, 3, 1, 2)
+        if args.denoise:  # Pairs, before and after.
+            shown = np.stack([before[:32], shown[:32]], axis=1).reshape(-1, *shape)
+        save_grid(shown, picture)
+        print(f"{len(names)} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
+              f"the first {min(len(names), 64)} in {picture}, {duration(time.time() - start)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import math
 import signal
 import textwrap
 from functools import lru_cache, partial
-from itertools import count, cycle, product
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -38,8 +38,9 @@ from torch import nn
 from losses import (MODES, READINGS, Diffusion, Perturbation, ascend, denoise, forward_units,
                     predict_eps, radius_and_weight, random_omega, stratified_t, trajectory_attack)
 from model import timestep_embedding
-from sample import (TOY, Parser, UserError, a_path, check_writable, comma_list, number, run_cli,
-                    sample, seed_for, ticker, timesteps, to_uint8, write_atomically, write_json)
+from sample import (BLACK, BLUE, GREY, RED, TOY, Parser, UserError, a_path, check_writable,
+                    comma_list, draw_chart, draw_layers, number, run_cli, sample, seed_for, ticker,
+                    timesteps, to_uint8, write_atomically, write_json)
 from train import NOISY, OUTLIER, choose_corruption, load_images, shapes
 
 DIFFUSION = Diffusion()
@@ -360,49 +361,6 @@ def copied_share(x, points):
 # ---------- Pictures: a sheet of panels, each a PIL image of PANEL x PANEL pixels
 
 PANEL, LEFT, GAP, CAPTION = 160, 150, 8, 32
-BLUE, RED, GREY, BLACK = (40, 90, 200), (215, 40, 30), (170, 170, 170), (0, 0, 0)
-COLOURS = (BLUE, RED, GREY, (30, 140, 60), (230, 140, 20), (130, 60, 170))
-
-
-def draw_layers(layers, texts=(), size=PANEL):
-    """Layers [(xy, colour, width)] in [-1, 1]^2, y upwards, as a square PIL image of `size` pixels.
-
-    xy: dots (n, 2) of radius `width`, or lines (m, n, 2) of that width, in half pixels.
-    texts: [((x, y), text, colour, Pillow's anchor)].
-    """
-    side = 2 * size  # drawn twice as large and then shrunk, so that lines are smooth
-    image = Image.new("RGB", (side, side), "white")
-    pen = ImageDraw.Draw(image)
-    for xy, colour, width in layers:
-        # Diverged dots are kept on the frame; far outside, Pillow's integers would overflow
-        edge = 0.99 if np.ndim(xy) == 2 else 9
-        xy = (np.nan_to_num(xy, nan=edge).clip(-edge, edge) * [1, -1] + 1) * side / 2
-        for line in xy if xy.ndim == 3 else ():
-            pen.line([tuple(point) for point in line], colour, width)
-        for x, y in xy if xy.ndim == 2 else ():
-            pen.ellipse((x - width, y - width, x + width, y + width), colour)
-    for (x, y), text, colour, anchor in texts:
-        pen.text(((1 + x) * size, (1 - y) * size), text, colour, ImageFont.load_default(22), anchor)
-    pen.rectangle((0, 0, side - 1, side - 1), outline=GREY, width=2)
-    return image.resize((size, size), Image.LANCZOS)
-
-
-def draw_chart(curves, x_label, y_label, low=(0, 0), high=None, size=PANEL):
-    """Curves {name: points (n, 2)} with axes from `low` to `high`, each (x, y), as `draw_layers`.
-
-    high: None is the largest of the data.  Points that are not finite are left out.
-    """
-    curves = {name: np.asarray(xy, dtype=float) for name, xy in curves.items()}
-    curves = {name: xy[np.isfinite(xy).all(1)] for name, xy in curves.items()}
-    high = np.concatenate(list(curves.values())).max(0) if high is None else high
-    layers = [([[(-0.9, 0.75), (-0.9, -0.78), (0.9, -0.78)]], GREY, 2)]
-    texts = [((-0.9, 0.8), f"{y_label}, {low[1]:g} to {high[1]:.2g}", BLACK, "ls"),
-             ((0.9, -0.82), f"{x_label}, {low[0]:g} to {high[0]:.2g}", BLACK, "rt")]
-    for i, (name, xy), colour in zip(count(), curves.items(), cycle(COLOURS)):
-        xy = (xy - low) / np.subtract(high, low) * (1.8, 1.5) - (0.9, 0.78)
-        layers += [(xy[None], colour, 4), (xy, colour, 4)]
-        texts.append(((0.9, 0.7 - 0.15 * i), name, colour, "rt"))
-    return draw_layers(layers, texts, size)
 
 
 def draw_points(frame, layers):

@@ -6,7 +6,10 @@
     python train.py --dataset cifar10 --mode adv --resume
     python train.py --dataset cifar10 --mode adv --init_from out/cifar10-dsm --steps 50000
 
-Writes out/<dataset>-<mode>/: ckpt.pt, log.jsonl, config.json, data.png, samples_<step>.png.
+    python train.py --dataset cifar10 --mode adv --init_from ddpm-cifar10-32   a published model
+
+Writes out/<dataset>-<mode>/: ckpt.pt, log.jsonl, config.json, data.png, curves.png and
+samples_<step>.png.
 """
 
 import argparse
@@ -42,9 +45,9 @@ from torch.nn.parallel import DistributedDataParallel
 from losses import MODES, READINGS, Diffusion, Objective, Perturbation, predict_eps, stratified_t
 from model import UNET_KEYS, build_network, load_weights, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
-                    a_path, crop_resize, draw_images, duration, find_files, finite, is_run, number,
-                    open_images, remove_leftovers, run_cli, save_grid, seed_for, setup_device,
-                    size_and_date, start_group, tell, ticker, to_uint8, user_errors,
+                    a_path, crop_resize, draw_chart, draw_images, duration, find_files, finite,
+                    is_run, number, open_images, remove_leftovers, run_cli, save_grid, seed_for,
+                    setup_device, size_and_date, start_group, tell, ticker, to_uint8, user_errors,
                     write_atomically, write_json)
 
 # ---------- Data: every set becomes one uint8 array (N, C, H, W)
@@ -400,6 +403,8 @@ def make_parser(dataset="shapes"):
     flag("--steps", type=count, default=500_000, help="optimiser steps in all")
     flag("--lr", type=size, default=2e-4, help="Adam's learning rate")
     flag("--warmup", type=natural, default=5000, help="steps of linear warm-up, 0 for none")
+    flag("--cooldown", type=share, default=0.0,
+         help="the rate falls to 0 over this share of the steps, the last; 0: constant, as DDPM's")
     flag("--ema", type=number(float, 0, 1, open_high=True), default=0.9999, help="EMA decay")
     flag("--grad_clip", type=size, default=1.0, help="largest gradient norm, 0 for no limit")
     flag("--flip", action=on_off, default=True, help="random horizontal flips")
@@ -427,8 +432,9 @@ def make_parser(dataset="shapes"):
 
 
 def complete_config(config):
-    """A run's settings with the defaults for those that an older run lacks."""
-    defaults = vars(make_parser(config.get("dataset", "shapes")).parse_args([]))
+    """A run's settings with the defaults for those that it lacks; the data set may stay None."""
+    defaults = vars(make_parser(config.get("dataset") or "shapes").parse_args([]))
+    defaults["dataset"] = None
     return {key: value for key, value in defaults.items() if key not in SESSION} | config
 
 
@@ -483,7 +489,7 @@ def parse_args(argv=None):
 
 DIGITS = "[0-9]" * 7
 RUN_FILES = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.png",
-             f"samples_{DIGITS}.png")
+             "curves.png", f"samples_{DIGITS}.png")
 
 
 def run_files(out, beyond=0):
@@ -515,6 +521,24 @@ def drop_beyond(out, step):
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
     for path in run_files(out, beyond=step):
         path.unlink()
+
+
+def draw_curves(out):
+    """curves.png from log.jsonl: the loss and its parts, the gradient's norm, the learning rate."""
+    log = out / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    sheet = Image.new("RGB", (3 * 320, 320), "white")
+    for i, (title, names, scale) in enumerate((
+            ("log10 of the loss", ("loss", "dsm", "reg"), np.log10),
+            ("log10 of the gradient's norm", ("grad_norm",), np.log10),
+            ("learning rate", ("lr",), np.asarray))):
+        curves = {name: [(row["step"], scale(row[name])) for row in rows if row.get(name)]
+                  for name in names}
+        curves = {name: points for name, points in curves.items() if points}
+        if curves:
+            sheet.paste(draw_chart(curves, "step", title, size=320), (i * 320, 0))
+    if rows:
+        sheet.save(out / "curves.png")
 
 
 def save_checkpoint(out, state, keep):
@@ -564,8 +588,10 @@ def agreed(world):
 
 
 def learning_rate(step, cfg):
-    """Adam's rate in a step, from 0: linear warm-up, then constant."""
-    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
+    """Adam's rate in a step, from 0: linear warm-up, constant, linear to 0 over the last share."""
+    warm = (step + 1) / max(1, cfg.warmup)
+    cool = (cfg.steps - step) / max(1, cfg.cooldown * cfg.steps)
+    return cfg.lr * min(1, warm, cool)
 
 
 def update(objective, parts, weights, averages, optimizer, scaler, autocast, grad_clip, decay):
@@ -849,6 +875,8 @@ def main(argv=None):
         if (logs or last) and lead:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(finite(row)) + "\n")
+        if lead and (draws or last):
+            draw_curves(out)
         if logs or len(recent) >= 1000:
             recent, waited, mark = [], 0.0, time.perf_counter()
 

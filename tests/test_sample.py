@@ -204,11 +204,11 @@ def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys
         in_process("sample", *common, 4, "--steps", 3)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "samples.npz").write_bytes(b"mine")
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="was not made by sample.py"):
         in_process("sample", run, "--num", 2, "--out", tmp_path / "theirs")
     assert (tmp_path / "theirs" / "samples.npz").read_bytes() == b"mine"
     (tmp_path / "photos.png").write_bytes(b"mine")
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="was not made by sample.py"):
         in_process("sample", run, "--num", 2, "--out", tmp_path / "photos")
 
 
