@@ -756,11 +756,12 @@ def main(argv=None):
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
     say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
-        f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std} and "
-        f"{np.sum(kinds == OUTLIER):,} replaced by noise (frozen, seed {cfg.seed}; see data.png)")
+        f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std}, "
+        f"{np.sum(kinds == OUTLIER):,} outliers")
     say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
         f"compile {'on' if compiled else 'off'}")
+    say("look at data.png for what it is trained on, samples_*.png for what it draws; losses fall")
 
     # --- run folder: claimed now, and written to once the first step has succeeded
 
@@ -887,8 +888,12 @@ def main(argv=None):
         name = signal.Signals(stop).name
         say(f"stopped by {name} at step {step:,}; saved, --resume continues")
         return 128 + stop
-    say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}; "
-        f"python sample.py {out} draws from it")
+    say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}")
+    if cfg.dataset == "shapes":
+        say(f"next: python train.py --mode {'adv' if cfg.mode == 'dsm' else 'dsm'}, and then\n"
+            "      python evaluate.py quality out/shapes-dsm out/shapes-adv --features random")
+    else:
+        say(f"next: python sample.py {out}")
 
 
 if __name__ == "__main__":
