@@ -1,0 +1,71 @@
+"""How many drawn shapes are whole: the share of images that are one crisp disc or box.
+
+    python tests/fit_shapes.py out/shapes-dsm/samples.npz out/shapes-adv/samples.npz
+
+The best-fitting disc and box of each image (centre, radius or half sides, colour) are found by
+Nelder-Mead; an image is whole if the better one leaves a root mean square below --error.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import minimize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sample import Parser, a_path, number, open_images, run_cli  # noqa: E402
+
+BACKGROUND = 0.15
+
+
+def cover(params, size):
+    """The share of each pixel that a disc (x, y, r) or box (x, y, w, h) covers: (size, size)."""
+    x, y, *sides = params
+    pixel = np.arange(size) + 0.5
+    dx, dy = abs(pixel[None] - x), abs(pixel[:, None] - y)
+    if len(sides) == 1:
+        distance = np.hypot(dx, dy) - sides[0]
+    else:
+        distance = np.maximum(dx - sides[0], dy - sides[1])
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def misfit(params, image):
+    """Root mean square between an image (C, H, H) in [0, 1] and the shape, its colour fitted."""
+    mask = cover(params, image.shape[-1])
+    excess = image - BACKGROUND
+    colour = (excess * mask).sum((1, 2)) / max(1e-9, (mask * mask).sum())
+    return np.sqrt(((excess - colour[:, None, None] * mask) ** 2).mean())
+
+
+def best_misfit(image):
+    """`misfit` of the best disc or box, begun at the centre and area of what is not background."""
+    weight = abs(image - BACKGROUND).max(0)
+    weight = weight * (weight > 0.25)
+    total = weight.sum() + 1e-9
+    pixel = np.arange(len(weight)) + 0.5
+    x, y = (weight.sum(0) * pixel).sum() / total, (weight.sum(1) * pixel).sum() / total
+    area = (weight > 0).sum() + 1
+    width, height = (np.sqrt(3 * (weight.sum(axis) * (pixel - centre) ** 2).sum() / total) + 0.1
+                     for axis, centre in ((0, x), (1, y)))
+    starts = [(x, y, np.sqrt(area / np.pi)), (x, y, width, height)]
+    return min(minimize(misfit, start, image, method="Nelder-Mead",
+                        options={"xatol": 0.01, "fatol": 1e-4}).fun for start in starts)
+
+
+def main(argv=None):
+    p = Parser(description=__doc__)
+    p.add_argument("samples", type=a_path, nargs="+", help="samples.npz of sample.py")
+    p.add_argument("--num", type=number(int, 1), default=256, help="how many images")
+    p.add_argument("--error", type=number(float, 0), default=0.05, help="on the scale 0 to 1")
+    args = p.parse_args(argv)
+    for path in args.samples:
+        images = np.stack([np.asarray(image) for image in open_images(path).items[:args.num]])
+        errors = np.array([best_misfit(image.transpose(2, 0, 1) / 255) for image in images])
+        print(f"{path}: {(errors < args.error).mean():.1%} of {len(errors)} are whole; "
+              f"misfit {np.median(errors):.4f} in the median")
+
+
+if __name__ == "__main__":
+    run_cli(main)
