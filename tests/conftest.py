@@ -1,17 +1,23 @@
 """Tests import the scripts as a user's own script would: from the repository's root."""
 
+import importlib
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+# One thread and no GPU: what a run computes must not depend on the machine that tests it.
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)
+
+from sample import run_cli
 
 # The smallest run that has every part: two levels, attention, dropout
 TINY = ["--image_size", "16", "--channels", "8", "--mult", "1,2", "--blocks", "1",
@@ -19,41 +25,83 @@ TINY = ["--image_size", "16", "--channels", "8", "--mult", "1,2", "--blocks", "1
         "--save_every", "0"]
 
 
-def script(*argv, processes=1, **kwargs):
-    """Run a script as a user does; returns the finished process with its stdout and stderr."""
-    return subprocess.run(command(*argv, processes=processes), cwd=ROOT, text=True,
-                          capture_output=True, timeout=300, env=environment(), **kwargs)
+class Bomb:
+    """Unpickled by who runs the code in a file, it leaves a file `exploded`."""
+
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
 
 
-def command(*argv, processes=1):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone",
-                  f"--nproc_per_node={processes}", "--"]
-    return start + [str(part) for part in argv]
+def start(*command):
+    """Start Python as a user does, from the repository's root, its stdout and stderr in pipes."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def environment():
-    """One thread, no GPU: what a run computes must not depend on the machine it is tested on."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def call(module, argv):
+    """A script's main(), on the CPU."""
+    argv = [str(part) for part in argv]
+    device = [] if module == "toy" or "--device" in argv else ["--device", "cpu"]
+    return importlib.import_module(module).main([*argv, *device])
+
+
+def fork(log, module, *argv, ranks=1):
+    """Start a script in forks of this process, as torchrun starts its ranks; returns them.
+
+    They need not import torch again, which takes seconds. Rank k writes to <log>.<k>.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def main(rank):
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{ranks}",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+        sys.stdout = sys.stderr = open(f"{log}.{rank}", "w", buffering=1)
+        run_cli(lambda: call(module, argv))
+
+    forks = [multiprocessing.get_context("fork").Process(target=main, args=(rank,), daemon=True)
+             for rank in range(ranks)]
+    for process in forks:
+        process.start()
+    return forks
+
+
+def finish(forks):
+    """The exit codes of forked processes; minus the signal's number for one that was killed."""
+    for process in forks:
+        process.join(120)
+    return [process.exitcode for process in forks]
 
 
 @pytest.fixture(scope="session")
 def in_process():
     """Run a script's main() here; the signal handlers that it sets are put back."""
-    import evaluate
-    import sample
-    import train
 
     def run_main(module, *argv):
-        before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+        names = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+        before = {name: signal.getsignal(name) for name in names}
         try:
-            device = [] if "--device" in argv or not argv else ["--device", "cpu"]
-            return {"train": train, "sample": sample, "evaluate": evaluate}[module].main(
-                [str(part) for part in argv] + device)
+            return call(module, argv)
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+    return run_main
+
+
+@pytest.fixture
+def mistake(in_process, capsys):
+    """Run a script that has to end in one line on stderr and status 2; returns the line."""
+
+    def run_main(module, *argv):
+        try:  # pytest.raises would keep the frames alive, and with them a run's lock.
+            run_cli(lambda: in_process(module, *argv))
+        except SystemExit as end:
+            status = end.code
+        error = capsys.readouterr().err
+        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+        return error
 
     return run_main
 

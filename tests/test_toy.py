@@ -13,7 +13,6 @@ from scipy.stats import multivariate_normal
 
 import toy
 from losses import Perturbation
-from sample import UserError, run_cli
 
 ARGS = SimpleNamespace(samples=600, sample_steps=20, shown=None, steps=80, reading="sigma")
 NOISY = (0.9, 0.2, 0.0)
@@ -86,11 +85,14 @@ def test_plane_figures_of_a_known_offset_and_shrink():
     assert figures["in_plane_std_ratio"] == pytest.approx(0.5, abs=0.01)
 
 
-def test_sliced_wasserstein_of_a_shift():
+def test_distances_of_known_sets():
     x = torch.randn(1000, 3, generator=generator())
-    # A shift by v moves each projection by p.v, and E (p.v)^2 = |v|^2 / d
+    # A shift by v moves each projection by p.v, and E (p.v)^2 = |v|^2 / d.
     distance = toy.sliced_wasserstein(x, x.flip(0) + torch.tensor([3.0, 0, 0]), projections=1000)
     assert distance == pytest.approx(3 / 3**0.5, rel=0.05)
+    training = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    x = torch.tensor([[0.9, 0.0], [1.1, 0.0], [4.0, 0.1]])  # distances 0.9:3.1, 1.1:2.9, 0.1:4
+    assert toy.copied_share(x, training) == pytest.approx(2 / 3)
 
 
 def test_mixture_figures_of_one_mode_and_of_the_truth():
@@ -125,12 +127,6 @@ def test_subspace_figures_of_a_known_leak_and_of_the_images():
     pixels = torch.from_numpy(toy.shapes(6000, 16, 1, 0)).float().flatten(1) / 127.5 - 1
     most = torch.linalg.eigvalsh(pixels[:4000].T.cov())[-16:].sum().item()
     assert x[:4000].var(0).sum() == pytest.approx(most, rel=1e-3)
-
-
-def test_copied_share():
-    training = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
-    x = torch.tensor([[0.9, 0.0], [1.1, 0.0], [4.0, 0.1]])  # distances 0.9:3.1, 1.1:2.9, 0.1:4
-    assert toy.copied_share(x, training) == pytest.approx(2 / 3)
 
 
 def test_against_truth_of_the_exact_network_and_of_zero():
@@ -216,12 +212,6 @@ def test_memorize_of_the_exact_network():
     assert 0 < row["fresh_draws_share"] < 0.5
 
 
-def test_diverged_samples_are_bad_ones():
-    for k in (-1e6, math.nan):
-        x = toy.generate(linear(k * torch.eye(3)), (10, 3), 20, 0)
-        assert toy.plane(0).figures(x)["off_plane_rms"] > 1000
-
-
 def test_modes_do_what_they_are_for():
     """Short training on the noisy plane: adversarial cleans more than random, more than none."""
     off_plane = {}
@@ -233,14 +223,14 @@ def test_modes_do_what_they_are_for():
     assert max(off_plane["adv"], off_plane["adv_low"]) < 0.6 * off_plane["random"]
 
 
-def test_table_means_and_spread():
+def test_tables_and_pictures_survive_divergence(tmp_path):
     rows = [{"experiment": "e", "corruption": "clean", "mode": "adv", "seed": seed,
              "x": value, "list": [value, 1.0]} for seed, value in enumerate((1.0, 3.0))]
     line = toy.markdown_table(rows).splitlines()[2]
     assert line == "| clean | adv | 2.000 +- 1.414 | 2.000 / 1.000 +- 1.414 |"
-
-
-def test_pictures_keep_red_and_survive_divergence(tmp_path):
+    for k in (-1e6, math.nan):
+        x = toy.generate(linear(k * torch.eye(3)), (10, 3), 20, 0)
+        assert toy.plane(0).figures(x)["off_plane_rms"] > 1000
     dots = np.random.default_rng(0).uniform(-0.5, 0.5, (1000, 2))
     dots[:3] = [[np.nan, 1e30], [-np.inf, 0.5], [-1e9, 1e9]]
     panel = toy.draw_layers([(dots, toy.BLUE, 2), (dots[None, :9], toy.GREY, 2)])
@@ -277,23 +267,17 @@ def test_plan_trains_each_network_once_and_a_mode_without_a_weight_for_none():
         ("exact", 0), ("dsm", 0), ("adv", 0.1), ("adv", 0.3)] and len(tasks) == 8
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["nowhere"], "nowhere"),
-    (["plane", "--modes", "adv,best"], "best"),
-    (["plane", "--lam", "0.3,-1"], "-1"),
-    (["plane", "--noise_p", "0.9"], "noise_std"),
-    (["subspace", "--data_dir", "no/such/folder"], "no/such/folder"),
-    (["plane", "--out", toy.__file__], "toy.py"),
+@pytest.mark.parametrize("line, word", [
+    ("nowhere", "nowhere"),
+    ("plane --modes adv,best", "best"),
+    ("plane --lam 0.3,-1", "-1"),
+    ("plane --noise_p 0.9", "noise_std"),
+    ("subspace --data_dir no/such/folder", "no/such/folder"),
+    ("subspace --data_dir DIR", "1 images, 1000 are needed"),
+    ("plane --out LICENSE", "LICENSE"),
+    ("plane --out ", "the path is empty"),
 ])
-def test_mistakes_end_in_one_line(flags, word, capsys):
-    with pytest.raises(SystemExit) as end:
-        run_cli(lambda: toy.main(flags))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and word in error
-
-
-def test_too_few_images_of_ones_own(tmp_path):
+def test_mistakes_end_in_one_line_before_the_work(line, word, tmp_path, mistake, monkeypatch):
     Image.new("L", (16, 16)).save(tmp_path / "one.png")
-    with pytest.raises(UserError, match="1 images, 1000 are needed"):
-        toy.main(["subspace", "--data_dir", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(toy, "measured", None)
+    assert word in mistake("toy", *line.replace("DIR", str(tmp_path)).split(" "))
