@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -58,7 +59,8 @@ def fork(log, module, *argv, ranks=1):
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{ranks}",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
         sys.stdout = sys.stderr = open(f"{log}.{rank}", "w", buffering=1)
-        run_cli(lambda: call(module, argv))
+        sys.argv = [f"{module}.py", *map(str, argv)]
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
     forks = [multiprocessing.get_context("fork").Process(target=main, args=(rank,), daemon=True)
              for rank in range(ranks)]
