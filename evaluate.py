@@ -34,8 +34,8 @@ from sample import (ATTACK, EOT, FIXED_BATCH, Parser, UserError, a_path, check_w
                     crop_resize, denoise_step, draw_images, image_noise, load_run, number, run_cli, save_grid,
                     save_npz, seed_for, setup_device, ticker, user_errors, step_pairs,
                     write_atomically, write_json)
-from train import (PRESETS, choose_corruption, complete_config, find_source,
-                   limit_images, load_images, open_source, training_images)
+from train import (PRESETS, complete_config, find_source, limit_images, load_corruption,
+                   load_images, open_source, training_images)
 
 # ---------- Images: uint8 arrays (N, C, H, W)
 
@@ -786,9 +786,7 @@ def overfitting(args, about):
         images = load_reference(None, shape, args, about, config)
         images = limit_images(images, config["limit"], config["seed"])
         index = np.arange(min(args.num, len(images)))
-        kinds = choose_corruption(len(images), config["noise_p"], config["outlier_p"],
-                                  config["seed"])
-        x0 = training_images(images, index, kinds, config["noise_std"], config["seed"])
+        x0 = training_images(images, index, load_corruption(len(images), config))
         cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
         found = overfit(net, diffusion, x0.to(args.device), cfg)
         ratios = {f"t = {t}": after / own if own else None for t, (after, own) in found.items()}

@@ -105,6 +105,7 @@ class Perturbation:
     reg_t: only t < reg_t T are regularised, at the weight that they have in the batch (ours;
         paper: 1). Below 1 it needs t as `stratified_t` draws them.
     reg_share: a random share of those is, in (0, 1], and stands for all of them (ours; paper: 1).
+    ip_gamma: std of DDPM-IP's second noise, in units of the first (their CIFAR-10: .15).
     """
 
     reading: str = "sigma"
@@ -118,6 +119,7 @@ class Perturbation:
     detach_target: bool = False
     reg_t: float = 1.0
     reg_share: float = 1.0
+    ip_gamma: float = 0.1
 
 
 def radius_sigma(s, beta, lam, rho):
@@ -325,6 +327,29 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     return fit + reg, {name: value.detach() for name, value in figures.items()}
 
 
+def input_perturbation(net, diffusion, x0, t, eps, cfg):
+    """DDPM-IP (Ning et al. 2023): x_t of eps + gamma xi, xi ~ N(0, I), and the target eps."""
+    pushed = eps + cfg.ip_gamma * torch.randn_like(eps)
+    loss = mean_square(predict_eps(net, diffusion, diffusion.diffuse(x0, t, pushed), t) - eps)
+    return loss.mean(), {"dsm": loss.mean().detach()}
+
+
+def aware(net, diffusion, x0, t, eps, cfg, noise):
+    """Noise-aware matching, in the manner of Daras et al. 2024: |c eps_theta(x_t, t) - eps|^2.
+
+    x0 = clean + n z is a noisy image of known n, `noise` (B,). With c^2 = 1 - (n sqrt(a) / s)^2
+    the state x_t = sqrt(a) x0 + c s eps = sqrt(a) clean + s e has e = (n sqrt(a) z + c s eps) / s,
+    of variance 1: it is a state of the clean data. E[eps | x_t] = c E[e | x_t], so the minimiser
+    is E[e | x_t], the clean data's eps. With n = 0 this is dsm; where the image is noisier than the
+    time step, c = 0, and it teaches nothing.
+    """
+    sqrt_a, s = diffusion.at(t, x0)
+    c = (1 - (noise.view_as(s) * sqrt_a / s).square()).clamp(min=0).sqrt()
+    predicted = predict_eps(net, diffusion, sqrt_a * x0 + c * s * eps, t)
+    loss = (mean_square(c * predicted - eps) * (c > 0).flatten()).mean()
+    return loss, {"dsm": loss.detach()}
+
+
 class Mode(NamedTuple):
     """An objective, and the compute of its training step in forward-units, a function of cfg.
 
@@ -341,6 +366,7 @@ def regularised_units(cfg, ascents):
 
 
 # random: omega ~ U[-r, r].  adv: the paper's method.  invariant: what a classifier does; it fails.
+# ip and aware are baselines that the paper lacks; aware is told each image's noise.
 MODES = {
     "dsm": Mode(dsm, lambda cfg: 3),
     "random": Mode(partial(regularised, adversarial=False, equivariant=True),
@@ -349,6 +375,8 @@ MODES = {
                 lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
     "invariant": Mode(partial(regularised, adversarial=True, equivariant=False),
                       lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
+    "ip": Mode(input_perturbation, lambda cfg: 3),
+    "aware": Mode(aware, lambda cfg: 3),
 }
 
 
@@ -360,7 +388,8 @@ def forward_units(mode, cfg):
 class Objective(nn.Module):
     """The whole loss as one forward call, which is what DistributedDataParallel supports.
 
-    x0 (B, C, H, W), t (B,), eps (B, C, H, W) -> (loss, dict of detached figures).
+    x0 (B, C, H, W), t (B,), eps (B, C, H, W) -> (loss, dict of detached figures). The mode aware
+    takes the noise's std (B,) after them.
     """
 
     def __init__(self, net, diffusion, mode, perturbation):
@@ -368,5 +397,5 @@ class Objective(nn.Module):
         self.net, self.diffusion, self.perturbation = net, diffusion, perturbation
         self.loss = MODES[mode].loss
 
-    def forward(self, x0, t, eps):
-        return self.loss(self.net, self.diffusion, x0, t, eps, self.perturbation)
+    def forward(self, x0, t, eps, *noise):
+        return self.loss(self.net, self.diffusion, x0, t, eps, self.perturbation, *noise)

@@ -60,6 +60,10 @@ VARIANTS = {
     "adv_share": ("adv", {"reg_share": 0.3}, "adversarial, 30 % of each batch"),
     "adv_l2x3": ("adv", {"ascent_norm": "l2", "ascent_steps": 3}, "adversarial, l2, 3 steps"),
     "invariant": ("invariant", {}, "invariance"),
+    "ip": ("ip", {}, "DDPM-IP"),
+    # Told the truth about each point, where images have estimates.
+    "filter": ("dsm", {}, "dsm on the clean points alone (oracle)"),
+    "aware": ("aware", {}, "noise-aware (oracle)"),
 }
 CLEAN = (0.0, 0.0, 0.0)
 # (share of noisy points, standard deviation of their noise, share of outliers)
@@ -238,6 +242,11 @@ def train(task, args):
     objective, settings, _ = VARIANTS[task.mode]
     cfg = Perturbation(reading=args.reading, lam=task.lam, **settings)
     x0, steps = training_points(task, args), args.steps or STEPS[task.data]
+    noise_p, noise_std, outlier_p = task.corruption
+    kinds = torch.from_numpy(choose_corruption(len(x0), noise_p, outlier_p, task.seed))
+    noise = noise_std * (kinds == NOISY)
+    if task.mode == "filter":
+        x0 = x0[(kinds != NOISY) & (kinds != OUTLIER)]
     torch.manual_seed(seed_for(TOY, WEIGHTS, task.seed))
     net = MLP(x0.shape[1])
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
@@ -247,7 +256,8 @@ def train(task, args):
         torch.manual_seed(seed_for(TOY, BATCH, task.seed, step))
         index, t = torch.randint(len(x0), (256,)), stratified_t(256, DIFFUSION.T)
         eps = torch.randn(256, x0.shape[1])
-        loss, _ = MODES[objective].loss(net, DIFFUSION, x0[index], t, eps, cfg)
+        told = [noise[index]] if objective == "aware" else []
+        loss, _ = MODES[objective].loss(net, DIFFUSION, x0[index], t, eps, cfg, *told)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

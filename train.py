@@ -30,6 +30,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 # Beside another run, threads that wait by spinning make a step take four times as long; on an idle
 # machine they save a fifth. The policy is read when torch is imported.
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,9 +48,9 @@ from losses import MODES, READINGS, Diffusion, Objective, Perturbation, predict_
 from model import UNET_KEYS, build_network, load_weights, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
                     a_path, crop_resize, draw_chart, draw_images, duration, find_files, finite,
-                    is_run, number, open_images, remove_leftovers, run_cli, save_grid, seed_for,
-                    setup_device, size_and_date, start_group, tell, ticker, to_uint8, user_errors,
-                    write_atomically, write_json)
+                    is_run, noise_estimate, number, open_images, remove_leftovers, run_cli,
+                    save_grid, seed_for, setup_device, size_and_date, start_group, tell, ticker,
+                    to_uint8, user_errors, write_atomically, write_json)
 
 # ---------- Data: every set becomes one uint8 array (N, C, H, W)
 
@@ -285,20 +287,57 @@ def choose_corruption(n, noise_p, outlier_p, seed):
     return kinds
 
 
-def training_images(images, index, kinds, noise_std, seed):
+class Corruption(NamedTuple):
+    """What spoils a training set, frozen: a function of (seed, index), never stored or re-drawn."""
+
+    kinds: np.ndarray  # of `choose_corruption`, one for each image
+    seed: int
+    noise_std: float = 0.0  # on the [-1, 1] scale
+    noise_blur: float = 0.0  # pixels
+    strangers: np.ndarray | None = None  # uint8 (M, C, H, W): outliers instead of uniform noise
+
+
+def load_corruption(n, config):
+    """The `Corruption` of n images by a run's settings, a dict.  UserError: no --outlier_dir."""
+    strangers = None
+    if config["outlier_dir"]:
+        size, channels = config["image_size"], config["in_channels"]
+        strangers = load_images("folder", size, channels, config["outlier_dir"],
+                                config["cache_dir"])
+    kinds = choose_corruption(n, config["noise_p"], config["outlier_p"], config["seed"])
+    return Corruption(kinds, config["seed"], config["noise_std"], config["noise_blur"], strangers)
+
+
+def training_images(images, index, spoil):
     """The training set's images at `index`, as the model sees them: float32 (B, C, H, W).
 
-    On the [-1, 1] scale. NOISY: plus Gaussian noise of std noise_std, not clipped. OUTLIER:
-    uniform noise instead. Frozen: a function of (seed, index), never stored, never re-drawn.
+    spoil: `Corruption`. On the [-1, 1] scale. NOISY: plus Gaussian noise, not clipped.
+    OUTLIER: uniform noise or a stranger instead.
     """
     x = torch.from_numpy(images[index]).float() / 127.5 - 1
-    for row in np.flatnonzero(kinds[index]):
-        rng = np.random.default_rng([CORRUPT, seed, int(index[row])])
-        if kinds[index[row]] == NOISY:
-            x[row] += noise_std * torch.from_numpy(rng.standard_normal(x[row].shape, np.float32))
+    for row in np.flatnonzero(spoil.kinds[index]):
+        rng = np.random.default_rng([CORRUPT, spoil.seed, int(index[row])])
+        if spoil.kinds[index[row]] == NOISY:
+            noise = rng.standard_normal(x[row].shape, np.float32)
+            if spoil.noise_blur:
+                noise = gaussian_filter(noise, (0, spoil.noise_blur, spoil.noise_blur), mode="wrap")
+                noise = noise / noise.std()
+            x[row] += spoil.noise_std * torch.from_numpy(noise)
+        elif spoil.strangers is not None:
+            other = spoil.strangers[rng.integers(len(spoil.strangers))]
+            x[row] = torch.from_numpy(np.array(other)).float() / 127.5 - 1
         else:
             x[row] = 2 * torch.from_numpy(rng.random(x[row].shape, np.float32)) - 1
     return x
+
+
+def own_noise(images, index, spoil):
+    """Each training image's own estimate of its noise, see `noise_estimate`: float32 (len(index),).
+
+    Blind: it sees what the model sees, and knows nothing of `spoil`.
+    """
+    parts = np.array_split(index, max(1, len(index) // 1000))
+    return torch.cat([noise_estimate(training_images(images, part, spoil)) for part in parts])
 
 
 @lru_cache(maxsize=4)
@@ -367,7 +406,14 @@ def make_parser(dataset="shapes"):
     flag = p.add_argument_group("corruption of the data, frozen per image").add_argument
     flag("--noise_p", type=share, default=0.0, help="share of images with Gaussian noise, 0 to 1")
     flag("--noise_std", type=size, default=0.0, help="its std on the [-1, 1] scale")
+    flag("--noise_blur", type=size, default=0.0,
+         help="correlate the noise: white noise blurred by so many pixels, brought back to its std")
     flag("--outlier_p", type=share, default=0.0, help="share replaced by uniform noise, 0 to 1")
+    flag("--outlier_dir", type=a_path,
+         help="replace them by images of this folder, zip or npz instead")
+    flag("--filter", type=size, default=0.0,
+         help="train only on images whose own noise estimate is below this; 0: all. The start of a "
+              "run prints the estimates' quantiles: half the median is a good choice")
 
     flag = p.add_argument_group("regulariser (losses.Perturbation)").add_argument
     flag("--reading", choices=list(READINGS), default=own.reading, help="form of the radius")
@@ -383,6 +429,7 @@ def make_parser(dataset="shapes"):
          help="regularise only t below this share of T; .1 is recommended, at 3.5 units for 8")
     flag("--reg_share", type=some, default=own.reg_share,
          help="regularise a random share of each batch, which stands for all")
+    flag("--ip_gamma", type=size, default=own.ip_gamma, help="--mode ip: std of the second noise")
     flag("--detach_target", action=on_off, default=own.detach_target,
          help="no gradient through the unperturbed branch")
 
@@ -479,6 +526,10 @@ def parse_args(argv=None):
     if args.noise_p and not args.noise_std or (
             args.noise_std != p.get_default("noise_std") and not args.noise_p):
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
+    if args.outlier_dir and not args.outlier_p:
+        raise UserError("--outlier_dir replaces the share --outlier_p of the images, and that is 0")
+    if args.mode == "aware" and not args.filter:
+        raise UserError("--mode aware needs --filter: an estimate below it counts as no noise")
     beta_max = args.beta_max or READINGS[args.reading][1]
     if beta_max < args.beta_min:
         raise UserError(f"--beta_max {beta_max} is below --beta_min {args.beta_min}")
@@ -595,7 +646,7 @@ def learning_rate(step, cfg):
 
 
 def update(objective, parts, weights, averages, optimizer, scaler, autocast, grad_clip, decay):
-    """One optimiser step on the sum of parts, (x0, t, eps) each, and the EMA's.
+    """One optimiser step on the sum of parts, (x0, t, eps, ...) each, and the EMA's.
 
     Returns {"loss": ..., the objective's figures, "grad_norm": ...}, scalars on the device: to
     read one would wait for it.
@@ -703,16 +754,28 @@ def main(argv=None):
         raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
                         f"{data['files']}): --new_data accepts it")
     images = limit_images(images, cfg.limit, cfg.seed)
-    kinds = choose_corruption(len(images), cfg.noise_p, cfg.outlier_p, cfg.seed)
+    spoil = load_corruption(len(images), vars(cfg))
+    # The images that are trained on, and their noise as far as anything needs to know it.
+    chosen, needed = np.arange(len(images)), cfg.filter or cfg.mode == "aware"
+    spread = chosen if needed else chosen[::max(1, len(chosen) // 2000)]
+    noise = own_noise(images, spread, spoil)
+    low, middle, high = noise.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    if cfg.filter and cfg.mode != "aware":
+        chosen = chosen[(noise < cfg.filter).numpy()]
+        if not len(chosen):
+            raise UserError(f"--filter {cfg.filter} leaves no image: 10 % of their estimates are below "
+                            f"{low:.3f}")
     # This process's places in a batch, part after part.
     places = np.concatenate([np.arange(part, cfg.batch_size, parts)
                              for part in range(rank, parts, world)])
     mine = torch.from_numpy(places).to(device)
 
     def fetch(step):
-        index = batch_index(step, cfg.batch_size, len(images), cfg.seed)[places]
-        batch = training_images(images, index, kinds, cfg.noise_std, cfg.seed)
-        return batch.pin_memory() if cuda else batch
+        index = chosen[batch_index(step, cfg.batch_size, len(chosen), cfg.seed)[places]]
+        batch = [training_images(images, index, spoil)]
+        if cfg.mode == "aware":  # Below --filter an image counts as clean: texture is no noise.
+            batch.append(torch.where(noise[index] < cfg.filter, 0, noise[index]))
+        return [part.pin_memory() if cuda else part for part in batch]
 
     # --- network: the same initial weights on every rank
 
@@ -756,8 +819,11 @@ def main(argv=None):
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
     say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
-        f"{np.sum(kinds == NOISY):,} with noise of std {cfg.noise_std}, "
-        f"{np.sum(kinds == OUTLIER):,} outliers")
+        f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
+        f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
+    say(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)"
+        + (f"; --filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean"
+           if cfg.filter else ""))
     say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
         f"compile {'on' if compiled else 'off'}")
@@ -779,9 +845,8 @@ def main(argv=None):
 
     def describe():
         write_json(out / "config.json", vars(cfg))
-        some = np.linspace(0, len(images) - 1, min(64, len(images))).astype(int)
-        save_grid(to_uint8(training_images(images, some, kinds, cfg.noise_std, cfg.seed)),
-                  out / "data.png")
+        some = np.linspace(0, len(chosen) - 1, min(64, len(chosen))).astype(int)
+        save_grid(to_uint8(training_images(images, chosen[some], spoil)), out / "data.png")
 
     def save():
         save_checkpoint(out, {
@@ -807,7 +872,7 @@ def main(argv=None):
 
     while step < cfg.steps and not stop:
         tic = time.perf_counter()
-        x0 = ahead.result().to(device, non_blocking=True)
+        x0, *known = [part.to(device, non_blocking=True) for part in ahead.result()]
         waited += time.perf_counter() - tic
         ahead = loader.submit(fetch, step + 1)
 
@@ -828,8 +893,9 @@ def main(argv=None):
         # The decay ramps up, so that a short run's average is not one of its first weights. One
         # that begins with another run's weights must not forget them.
         decay = cfg.ema if cfg.init_from else min(cfg.ema, (1 + step) / (10 + step))
-        figures = update(objective, list(zip(*(x.chunk(cfg.accum) for x in (x0, t, eps)))), weights,
-                         averages, optimizer, scaler, autocast, cfg.grad_clip, decay)
+        batch = list(zip(*(x.chunk(cfg.accum) for x in (x0, t, eps, *known))))
+        figures = update(objective, batch, weights, averages, optimizer, scaler, autocast,
+                         cfg.grad_clip, decay)
         recent.append(torch.stack(list(figures.values())))
         step += 1
 

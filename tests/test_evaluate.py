@@ -19,7 +19,7 @@ from evaluate import attacker, extract, load_inception, nearest, next_view
 from losses import Diffusion, Perturbation, denoise
 from sample import (ATTACK, Run, UserError, denoise_step, image_noise, load_run, sample,
                     to_uint8)
-from train import choose_corruption, load_images, training_images
+from train import Corruption, choose_corruption, load_images, training_images
 
 CPU = torch.device("cpu")
 
@@ -773,7 +773,7 @@ def test_overfit_prints_a_row_a_checkpoint(run, pictures, in_process, measure, t
     # On the images as training saw them, noise included, and on the raw weights.
     kinds = choose_corruption(20, 0.9, 0, 0)
     images = load_images("folder", 16, 3, pictures / "folder", tmp_path)
-    x0, model = training_images(images, np.arange(3), kinds, 0.2, 0), load_run(tmp_path, raw=True)
+    x0, model = training_images(images, np.arange(3), Corruption(kinds, 0, 0.2)), load_run(tmp_path, raw=True)
     truth = evaluate.overfit(model.net, model.diffusion, x0, Perturbation())
     assert last["J_train"] == pytest.approx([own for _, own in truth.values()]) and kinds[:3].any()
     ratios = [last[f"t = {t}"] for t in (20, 100, 250, 500, 800)]
