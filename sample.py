@@ -44,8 +44,8 @@ class UserError(Exception):
 
 
 # What a machine may refuse at any time: a full disk, one that may not be written to, a long name.
-MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENAMETOOLONG,
-                  errno.EACCES, errno.EPIPE)
+MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
+                  errno.ENAMETOOLONG, errno.EACCES, errno.EPIPE)
 
 
 def run_cli(main):

@@ -524,7 +524,7 @@ def parse_args(argv=None):
     if args.data_dir and args.data_dir.resolve() == out.resolve():
         raise UserError(f"--out {out} is the folder of the data: its pictures would become data")
     if args.noise_p and not args.noise_std or (
-            args.noise_std != p.get_default("noise_std") and not args.noise_p):
+            args.noise_std not in (0, p.get_default("noise_std")) and not args.noise_p):
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
     if args.outlier_dir and not args.outlier_p:
         raise UserError("--outlier_dir replaces the share --outlier_p of the images, and that is 0")
@@ -597,7 +597,10 @@ def save_checkpoint(out, state, keep):
 
     def save(temporary):
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # What torch makes of a full disk.
+                raise error.__context__ or error
             file.flush()
             os.fsync(file.fileno())
 
