@@ -41,7 +41,7 @@ from losses import Perturbation, forward_units  # noqa: E402
 from model import read_checkpoint  # noqa: E402
 from sample import (Parser, UserError, check_writable, comma_list, number, run_cli,  # noqa: E402
                     user_errors, write_atomically, write_json)
-from train import load_images, open_source  # noqa: E402
+from train import ArrayUnpickler, load_images, open_source, published_files  # noqa: E402
 
 RESULTS = ROOT / "assets/results.json"
 COMMON = ("--image_size 16 --channels 32 --mult 1,2,2 --blocks 1 --attention 8 --dropout 0 "
@@ -133,23 +133,21 @@ def source(dataset, args):
     return {flag: value for flag, value in flags.items() if value}
 
 
-def labels(dataset, folder, split):
-    """The published classes, int64 (N,), in the order of the images; UserError: not there."""
+def labels(dataset, root):
+    """The classes of the training images, int64 (N,), in their order; UserError: not there."""
+    files = published_files(dataset, Path(root), "train")
     if dataset == FASHION:
-        name = f"{'train' if split == 'train' else 't10k'}-labels-idx1-ubyte.gz"
-        files = sorted(Path(folder).rglob(name))
-        if not files:
-            raise UserError(f"{name} is not in {folder}")
-        with gzip.open(files[0]) as file:
-            return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=8).astype(int))
-    items = open_source(dataset, Path(folder), split).items
-    if not isinstance(items[0], (str, Path)):
-        from torchvision.datasets import CIFAR10
-        return torch.tensor(CIFAR10(folder, split == "train").targets)
+        with (user_errors(OSError, IndexError, prefix=f"no labels of {dataset} in {root}: "),
+              gzip.open(str(files[0]).replace("images-idx3", "labels-idx1")) as file):
+            return torch.tensor(list(file.read()[8:]))
+    if files:
+        batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
+        return torch.tensor([label for batch in batches for label in batch[b"labels"]])
     # A folder or a zip has one folder for each class.
+    items = open_source(dataset, Path(root)).items
     names, numbers = np.unique([Path(item).parent.name for item in items], return_inverse=True)
     if len(names) != 10:
-        raise UserError(f"{folder}: {dataset} has a folder for each of 10 classes, here are "
+        raise UserError(f"{root}: {dataset} has a folder for each of 10 classes, here are "
                         f"{len(names)}")
     return torch.from_numpy(numbers)
 
@@ -176,31 +174,23 @@ def classifier(dataset, args):
     path = args.out / ("classifier.pt" if dataset == FASHION else f"classifier-{dataset}.pt")
     if path.exists():
         return path
-    where = source(dataset, args)
-
-    def load(split):
-        images = np.array(load_images(dataset, 16, channels, **where, split=split))
-        truth = labels(dataset, where.get("data_dir", f"data/{dataset}"), split)
-        return torch.from_numpy(images).expand(-1, 3, -1, -1), truth
-
-    channels = 1 if dataset == FASHION else 3
-    images, truth = load("train")
+    channels, where = 1 if dataset == FASHION else 3, source(dataset, args)
+    images = np.array(load_images(dataset, 16, channels, **where))
+    images = torch.from_numpy(images).expand(-1, 3, -1, -1)
+    truth = labels(dataset, where.get("data_dir", f"data/{dataset}"))
     torch.manual_seed(0)
     net = Classifier(channels)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(5):
+        right = 0
         for index in torch.randperm(len(images)).split(128):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(images[index])[1], truth[index]).backward()
+            logits = net(images[index])[1]
+            nn.functional.cross_entropy(logits, truth[index]).backward()
             optimizer.step()
-    net.eval()
-    # CIFAR-10 may be a zip or a folder of images, which has no other split to test with.
-    split = "test" if dataset == FASHION else "train"
-    images, truth = load(split)
-    with torch.no_grad():
-        right = torch.cat([net(part)[1].argmax(1) for part in images.split(1000)]) == truth
-    write_atomically(path, torch.jit.script(net).save)
-    print(f"{path}: {right.double().mean():.3f} of the {split} images right", flush=True)
+            right += (logits.argmax(1) == truth[index]).sum().item()
+    write_atomically(path, torch.jit.script(net.eval()).save)
+    print(f"{path}: {right / len(images):.3f} of the training images right", flush=True)
     return path
 
 
@@ -222,6 +212,11 @@ def call(script, *argv, log):
         raise UserError(f"{script} failed with status {code}: see {log}")
 
 
+def as_flags(settings):
+    """{name: value} as the words of a command line."""
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
 def commit():
     """The short hash of the code's commit, with a + if tracked code differs from it."""
     def git(*argv):
@@ -230,7 +225,7 @@ def commit():
 
     try:
         return git("rev-parse", "--short", "HEAD") + "+" * bool(git("diff", "HEAD", "--", "*.py"))
-    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+    except (OSError, subprocess.CalledProcessError):  # No git, or a copy without its history.
         return "unknown"
 
 
@@ -248,15 +243,14 @@ def train(column, row, steps, seed, folder, args):
     if (folder / "ckpt.pt").exists():
         with user_errors(ValueError):
             saved = read_checkpoint(folder)["step"]
+        flags.pop("init_from", None)
     if saved > steps:
         raise UserError(f"{folder} is at step {saved}, beyond {steps}: studies of fewer steps come "
                         "first, or take another --out")
-    if saved:
-        flags.pop("init_from", None)
     if saved < steps:
         how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
-        call("train.py", "--out", folder, "--steps", steps, *how,
-             *(f"--{name}={value}" for name, value in flags.items()), log=f"{folder}.log")
+        call("train.py", "--out", folder, "--steps", steps, *how, *as_flags(flags),
+             log=f"{folder}.log")
 
 
 def result_path(column, row, seed, args):
@@ -267,40 +261,60 @@ def result_path(column, row, seed, args):
     return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}.json"
 
 
-def run_one(run, args):
-    """Train and measure one (column, row, seed), as far as that is not done; its error, or None."""
-    column, row, seed = run
-    path = result_path(*run, args)
+def run_one(column, row, seed, args):
+    """Train and measure a run, as far as that is not done."""
+    path = result_path(column, row, seed, args)
     if path.exists():
-        return None
-    title, made_at, folder = " ".join(map(str, run)), commit(), path.parent
-    print(f"{title}: begun", flush=True)
+        return
+    folder, made_at = path.parent, commit()
+    print(f"{column} {row} {seed}: begun", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        train(column, row, args.steps, seed, folder, args)
-        extra, most, _ = COMMANDS[args.command]
-        dataset = COLUMNS[column][1].get("dataset", FASHION)
-        flags = {"num": min(args.num, most), "seed": seed, "json": path, "device": args.device,
-                 "png": path.with_suffix(".png"), **source(dataset, args)}
-        if args.command == "memorization":
-            flags["holdout"] = dataset
-        else:
-            flags["features"] = args.classifiers[dataset]
-        call("evaluate.py", args.command, folder, *extra.split(),
-             *(f"--{name}={value}" for name, value in flags.items()), log=f"{folder}.log")
-    except UserError as error:  # one run that fails does not end the others
-        return f"{title}: {error}"
+    train(column, row, args.steps, seed, folder, args)
+    extra, most, _ = COMMANDS[args.command]
+    dataset = COLUMNS[column][1].get("dataset", FASHION)
+    flags = {"num": min(args.num, most), "seed": seed, "json": path, "device": args.device,
+             "png": path.with_suffix(".png"), **source(dataset, args)}
+    if args.command == "memorization":
+        flags["holdout"] = dataset
+    else:
+        flags["features"] = args.classifiers[dataset]
+    call("evaluate.py", args.command, folder, *extra.split(), *as_flags(flags),
+         log=f"{folder}.log")
     data = json.loads(path.read_text())
     data["provenance"]["commit"] = made_at
     write_json(path, data)
-    print(f"{title}: done", flush=True)
-    return None
+    print(f"{column} {row} {seed}: done", flush=True)
 
 
-# ---------- Results: a list of records {study, heading, title, command, columns, rows}, some
-# with a picture. A row is
-# {column: figure}; a figure is a number, a text or [mean, std]. What a row was made by lies in its
-# "provenance"; one without it was typed back from a README, and its JSON is lost.
+def run_all(args):
+    """Train and measure what is missing of the study; the errors of the runs that failed."""
+    check_writable(args.out / "classifier.pt")
+    datasets = {COLUMNS[column][1].get("dataset", FASHION) for column in args.columns}
+    args.classifiers = {dataset: classifier(dataset, args) for dataset in datasets
+                        if args.command != "memorization"}
+
+    def error_of(run):
+        try:
+            run_one(*run, args)
+        except UserError as error:  # One run that fails does not end the others.
+            return " ".join(map(str, run)) + f": {error}"
+
+    runs = [(column, row, seed) for seed, column, row in itertools.product(
+        args.seeds, args.columns, args.rows)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with ThreadPool(args.workers) as pool:
+            return [*filter(None, pool.imap_unordered(error_of, runs))]
+    finally:
+        for process in list(running):  # A run without its driver would meet the next one's.
+            process.terminate()
+            process.wait()
+
+
+# ---------- Results: a list of records {study, heading, title, command, columns, rows}, some with
+# a picture. A row is {column: figure}; a figure is a number, a text or [mean, std]. What a row was
+# made by lies in its "provenance"; one without it was typed back from a README, and its JSON is
+# lost.
 
 ABOUT = ("commit", "num", "sampler", "steps", "spacing", "seed", "weights", "weights_sha256",
          "features", "reference", "reference_num", "kid_subset", "norm", "budget", "attack_steps",
@@ -336,24 +350,22 @@ def collect(args):
     return rows
 
 
-def identity(row):
-    """What tells the rows of one run from those of another."""
-    return [row.get(name) for name in ("trained on", "row", "training steps", "seed")]
-
-
-def order(row):
-    """The sorting key of a row: the data, its clean images first, then as ROWS has them."""
-    places = {name: place for place, name in enumerate(["clean images", *ROWS])}
-    return ([*COLUMNS, row["trained on"]].index(row["trained on"]),
-            places.get(row["row"], len(places)), row.get("seed", 0))
-
-
 def record(args):
     """Put the study's rows into results.json, in place of what it has of the same runs."""
     rows, records = collect(args), json.loads(RESULTS.read_text())
     known = next((one for one in records if one["study"] == args.study), None)
     if known is None:
         raise UserError(f"{RESULTS} has no record {args.study}: add one, its rows empty")
+    places = ["clean images", *ROWS]
+
+    def identity(row):
+        return [row.get(name) for name in ("trained on", "row", "training steps", "seed")]
+
+    def order(row):
+        """The data, its clean images first, then as ROWS has them."""
+        return ([*COLUMNS, row["trained on"]].index(row["trained on"]),
+                [*places, row["row"]].index(row["row"]), row.get("seed", 0))
+
     new = [identity(row) for row in rows]
     old = [row for row in known["rows"] if identity(row) not in new]
     known["rows"] = sorted(old + rows, key=order)
@@ -401,8 +413,7 @@ def table(columns, rows):
     lines = []
     for row in rows:
         about = row.get("provenance", {})
-        names = {name: LABELS.get(row[name], row[name]) for name in ("trained on", "row")
-                 if name in row}
+        names = {key: LABELS.get(row[key], row[key]) for key in ("trained on", "row") if key in row}
         lines.append({**row, **names, "made at": about.get("commit", about.get("source"))})
     used = [name for name in [*columns, "made at"]
             if any(line.get(name) is not None for line in lines)]
@@ -434,7 +445,7 @@ def picture(args):
 
     The attack's have a row for each attack; above the others are the training images.
     """
-    parts = []
+    parts, width = [], 802  # Of 16 tiles; evaluate.py's labels on the left of these are cut off.
     for row in args.rows:
         result = result_path(args.columns[0], row, args.seeds[0], args)
         if not result.exists():
@@ -444,36 +455,24 @@ def picture(args):
             attacks = json.loads(result.read_text())["rows"]
             names = [f"{LABELS[row]}:\n{one['attack']}" for one in attacks]
         elif not parts:
-            parts.append((["training data"], first_tiles(result.parent / "data.png")))
+            # The first two rows of train.py's picture, eight tiles each, as one row.
+            data = Image.open(result.parent / "data.png")
+            strip = Image.new("RGB", (width, 52), "white")
+            strip.paste(data.crop((0, 0, 402, 52)), (0, 0))
+            strip.paste(data.crop((0, 50, 402, 102)), (400, 0))
+            parts.append((["training data"], strip))
         parts.append((names, Image.open(result.with_suffix(".png"))))
     if not parts:
         raise UserError(f"no pictures of {args.study} in {args.out}")
-    labelled(parts).save(args.picture, optimize=True)
-
-
-def labelled(parts, margin=190, width=802):
-    """[(labels, image with 50 pixels for each)] as one image with the labels on the left.
-
-    width: of 16 tiles; what an image has on the left of these, evaluate.py's labels, is cut off.
-    """
+    margin, top = 190, 0
     whole = Image.new("RGB", (margin + width, sum(part.height for _, part in parts)), "white")
-    pen, font, top = ImageDraw.Draw(whole), ImageFont.load_default(13), 0
     for names, part in parts:
         whole.paste(part.crop((part.width - width, 0, part.width, part.height)), (margin, top))
         for k, name in enumerate(names):
-            pen.text((4, top + 50 * k + 26), name, fill="black", font=font, anchor="lm")
+            ImageDraw.Draw(whole).text((4, top + 50 * k + 26), name, "black",
+                                       ImageFont.load_default(13), anchor="lm")
         top += part.height
-    return whole
-
-
-def first_tiles(path):
-    """The first two rows of train.py's picture, eight tiles each, as one row."""
-    data, width, height = Image.open(path), 400, 50
-    strip = Image.new("RGB", (2 * width + 2, height + 2), "white")
-    for k in range(2):
-        part = data.crop((0, k * height, width + 2, (k + 1) * height + 2))
-        strip.paste(part, (k * width, 0))
-    return strip
+    whole.save(args.picture, optimize=True)
 
 
 # ---------- Command line
@@ -481,51 +480,32 @@ def first_tiles(path):
 
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("study", nargs="?", choices=list(STUDIES), default="frontier", help="see --list")
-    p.add_argument("--list", action="store_true", help="show the studies, run nothing")
-    p.add_argument("--render", action="store_true", help="write results.md anew, run nothing")
-    p.add_argument("--tables", action="store_true", help="print the table, run nothing")
-    p.add_argument("--record", action="store_true", help="keep the rows in assets/results.json")
-    p.add_argument("--picture", type=Path, help="PNG to put its images into, run nothing")
-    p.add_argument("--columns", type=comma_list(str, *COLUMNS), help="only these (the study's)")
-    p.add_argument("--rows", type=comma_list(str, *ROWS), help="only these (the study's)")
-    p.add_argument("--seeds", type=comma_list(number(int, 0)), help="only these (the study's)")
-    p.add_argument("--steps", type=number(int, 1), help="training steps (the study's)")
-    p.add_argument("--num", type=number(int, 10), default=2000,
-                   help="images to measure (2000; at most 500 for few_steps, 250 for attack)")
-    p.add_argument("--workers", type=number(int, 1), default=torch.get_num_threads(),
-                   help="runs side by side, one thread each (one a core)")
-    p.add_argument("--device", default="auto", help="of training and measuring (auto)")
-    p.add_argument("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
-    p.add_argument("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
-    p.add_argument("--cache_dir", help="folder of the decoded images; else beside the data")
-    p.add_argument("--out", type=Path, default=Path("out/evidence"), help="(out/evidence)")
+    p = Parser(description=__doc__)
+    flag = p.add_argument
+    flag("study", nargs="?", choices=list(STUDIES), default="frontier", help="see --list")
+    flag("--list", action="store_true", help="show the studies, run nothing")
+    flag("--render", action="store_true", help="write results.md anew, run nothing")
+    flag("--tables", action="store_true", help="print the table, run nothing")
+    flag("--record", action="store_true", help="keep the rows in assets/results.json")
+    flag("--picture", type=Path, help="PNG to put its images into, run nothing")
+    flag("--columns", type=comma_list(str, *COLUMNS), help="only these; else the study's")
+    flag("--rows", type=comma_list(str, *ROWS), help="only these; else the study's")
+    flag("--seeds", type=comma_list(number(int, 0)), help="only these; else the study's")
+    flag("--steps", type=number(int, 1), help="training steps; else the study's")
+    flag("--num", type=number(int, 10), default=2000,
+         help="images to measure; of some commands fewer, see COMMANDS")
+    flag("--workers", type=number(int, 1), default=torch.get_num_threads(),
+         help="runs side by side, one thread each")
+    flag("--device", default="auto", help="of training and measuring")
+    flag("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
+    flag("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
+    flag("--cache_dir", help="folder of the decoded images; else beside the data")
+    flag("--out", type=Path, default=Path("out/evidence"), help="folder of the runs")
     args = p.parse_args(argv)
-    args.command, columns, rows, seeds, steps = STUDIES[args.study]
-    args.columns = list(dict.fromkeys(args.columns or columns))
-    args.rows = list(dict.fromkeys(args.rows or rows))
-    args.seeds = list(dict.fromkeys(args.seeds or seeds))
-    args.steps = args.steps or steps
+    args.command, *study = STUDIES[args.study]
+    for name, value in zip(("columns", "rows", "seeds", "steps"), study):
+        setattr(args, name, getattr(args, name) or value)
     return args
-
-
-def run_all(args):
-    """Train and measure what is missing of the study; the errors of the runs that failed."""
-    check_writable(args.out / "classifier.pt")
-    datasets = {COLUMNS[column][1].get("dataset", FASHION) for column in args.columns}
-    args.classifiers = {dataset: classifier(dataset, args) for dataset in datasets
-                        if args.command != "memorization"}
-    runs = [(column, row, seed)
-            for seed in args.seeds for column in args.columns for row in args.rows]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        with ThreadPool(args.workers) as pool:
-            return [*filter(None, pool.imap_unordered(lambda run: run_one(run, args), runs))]
-    finally:
-        for process in list(running):  # a run without its driver would meet the next one's
-            process.terminate()
-            process.wait()
 
 
 def main(argv=None):

