@@ -509,7 +509,7 @@ def denoise_step(net, diffusion, x, t, prev, sampler, noise, clip=True):
 
 @torch.no_grad()
 def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced", clip=True,
-           perturb=None, progress=None):
+           perturb=None, progress=None, stop=0.0):
     """Denoise pure noise in `steps` network calls; returns x0 of noise's shape, (B, ...).
 
     noise: function returning fresh standard normals (B, ...); the first draw is x_T.
@@ -517,11 +517,16 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
         one-step t -> t-1 update at each of them, which leaves noise behind (see README).
     perturb: hook (x, t) -> x on the state before each step, where an attack goes.
     progress: hook (i, steps), called after each step.
+    stop: end with the denoised estimate at the first time whose noise s / sqrt(a) is below this,
+        before the times at which a model of noisy data has learned to draw their noise.
     """
     x = noise()
     for i, (t, prev) in enumerate(step_pairs(diffusion.T, steps, spacing)):
         if perturb is not None:
             x = perturb(x, t)
+        a = diffusion.alpha_bar[t].item()
+        if (1 - a) / a < stop**2:
+            return denoise_step(net, diffusion, x, t, -1, "ddim", noise, clip)
         x = denoise_step(net, diffusion, x, t, prev, sampler, noise, clip)
         if progress is not None:
             progress(i + 1, steps)
@@ -563,7 +568,7 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
 
 def draw_images(net, diffusion, shape, indices, seed=0, sampler="ddim", steps=100,
                 spacing="respaced", batch_size=64, device="cpu", title="images", hook=None,
-                noisy=None, lead=True):
+                noisy=None, stop=0.0, lead=True):
     """Draw the images of these indices, a batch at a time: yields (indices, uint8 (B, C, H, W)).
 
     hook: function(indices of a batch) -> the `perturb` of `sample`.  lead: show the progress.
@@ -578,7 +583,7 @@ def draw_images(net, diffusion, shape, indices, seed=0, sampler="ddim", steps=10
                 x, std = (part[batch].to(device) for part in noisy)
                 x = clean_images(net, diffusion, x, std, noise, sampler, steps)
             else:
-                x = sample(net, diffusion, noise, sampler, steps, spacing,
+                x = sample(net, diffusion, noise, sampler, steps, spacing, stop=stop,
                            perturb=hook and hook(batch),
                            progress=lambda i, n: tick(first + len(batch) * i / n))
             if not x.isfinite().all():
@@ -637,6 +642,8 @@ def parse_args(argv=None):
     flag("--steps", type=number(int, 1), default=100, help="network calls an image")
     flag("--spacing", choices=["respaced", "naive"], default="respaced",
          help="naive: one-step updates at strided time steps, which leave noise")
+    flag("--stop", type=number(float, 0), default=0.0,
+         help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this")
     flag("--denoise", type=a_path, help="instead clean these images: a folder, zip or npz")
     flag("--noise_std", type=number(float, 0),
          help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
@@ -743,7 +750,7 @@ def main(argv=None):
     out = args.out or folder / ("denoised" if args.denoise else "samples")
     picture = Path(f"{out.resolve()}.png")
     provenance = {**run.origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
-                  "spacing": args.spacing, "seed": args.seed}
+                  "spacing": args.spacing, "stop": args.stop, "seed": args.seed}
     names, noisy = [f"{k:06d}.png" for k in range(args.num)], None
     if args.denoise:
         names, before = read_noisy(args.denoise, shape)
@@ -775,7 +782,7 @@ def main(argv=None):
     title = "images" if world == 1 else f"images of process 0 of {world}"
     for batch, images in draw_images(net, diffusion, shape, todo, args.seed, args.sampler,
                                      args.steps, args.spacing, args.batch_size, device, title,
-                                     noisy=noisy, lead=lead):
+                                     noisy=noisy, stop=args.stop, lead=lead):
         for k, image in zip(batch, images):
             image = Image.fromarray(image.transpose(1, 2, 0).squeeze())
             (out / names[k]).parent.mkdir(parents=True, exist_ok=True)

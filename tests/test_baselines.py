@@ -7,7 +7,7 @@ from PIL import Image
 
 from conftest import TINY
 from losses import MODES, Diffusion, Perturbation
-from sample import UserError, noise_estimate
+from sample import UserError, image_noise, noise_estimate, sample
 from train import CLEAN, NOISY, OUTLIER, Corruption, own_noise, shapes, training_images
 
 DIFFUSION = Diffusion()
@@ -106,3 +106,25 @@ def test_filter_and_aware_as_a_user_runs_them(tmp_path, in_process, capsys):
         in_process("train", *TINY, "--noise_p", 1, "--filter", 1e-9, "--out", tmp_path / "none")
     with pytest.raises(UserError, match="aware needs --filter"):
         in_process("train", *TINY, "--mode", "aware", "--out", tmp_path / "none")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_truncated_sampling_ends_with_the_denoised_estimate(sampler):
+    """A model of data that are one image plus noise of std .2 draws that noise, unless stopped."""
+    image, seen = torch.linspace(-0.5, 0.5, 64).view(1, 1, 8, 8), []
+
+    def net(x, t):
+        seen.append(t[0].item())
+        sqrt_a, s = DIFFUSION.at(t, x)
+        return s * (x - sqrt_a * image) / (sqrt_a.square() * 0.2**2 + s.square())
+
+    def spread(stop):
+        seen.clear()
+        noise = image_noise(0, range(50), (1, 8, 8), "cpu")
+        return (sample(net, DIFFUSION, noise, sampler, 250, clip=False, stop=stop) - image).std()
+
+    assert spread(0) == pytest.approx(0.2, rel=0.1) and seen[-1] == 0
+    # At s / sqrt(a) = S the estimate keeps .2 / sqrt(.2^2 + S^2) of it.
+    assert spread(0.6) == pytest.approx(0.2**2 / (0.2**2 + 0.6**2) ** 0.5, rel=0.1)
+    last = DIFFUSION.alpha_bar[seen[-1]].item()
+    assert ((1 - last) / last) ** 0.5 < 0.6 and len(seen) < 250
