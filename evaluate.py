@@ -8,7 +8,6 @@ The commands: quality, memorization, attack, steps, denoise, overfit; each has i
 in one process: `torchrun sample.py` draws many images on several GPUs, then `quality` measures.
 """
 
-import argparse
 import contextlib
 import hashlib
 import inspect
@@ -18,24 +17,26 @@ import math
 import sys
 import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageOps
 from scipy.ndimage import gaussian_filter
+from scipy.stats import entropy
 from torch import nn
 
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
 from model import diffusers_folder
 from sample import (ATTACK, EOT, FIXED_BATCH, Parser, UserError, a_path, check_writable, comma_list,
-                    crop_resize, denoise_step, draw_images, image_noise, load_run, number, run_cli, save_grid,
-                    save_npz, seed_for, setup_device, ticker, user_errors, step_pairs,
-                    write_atomically, write_json)
+                    crop_resize, denoise_step, draw_images, finite, image_noise, load_run, number,
+                    open_images, run_cli, save_grid, save_npz, seed_for, setup_device, step_pairs,
+                    ticker, user_errors, write_atomically, write_json)
 from train import (PRESETS, complete_config, find_source, limit_images, load_corruption,
-                   load_images, open_source, training_images)
+                   load_images, training_images)
 
 # ---------- Images: uint8 arrays (N, C, H, W)
 
@@ -52,11 +53,10 @@ def size_and_colour(shape):
     return f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'RGB'}"
 
 
-def first_images(images, num, flag, name):
+def first_images(images, num, name):
     """The first `num` images, None: all.  UserError where there are fewer, or fewer than 10."""
     if len(images) < (num or 10):
-        asked = f"--{flag} asks for {num}" if num else "at least 10 are needed"
-        raise UserError(f"{name}: {len(images)} images, {asked}")
+        raise UserError(f"{name}: {len(images)} images, {num or 10} are needed")
     return images[:num]
 
 
@@ -66,15 +66,13 @@ def read_as_is(path):
     Raises UserError, naming the file, for one that is missing, damaged, not square, or not of the
     first one's size and colour.
     """
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    source, images = open_source("folder", path), None
+    source = open_images(path)
     for i, item in enumerate(source.items):
         name = item if isinstance(item, (str, Path)) else f"{path}, image {i}"
         with user_errors(Exception, prefix=f"{name}: "):  # A damaged file may raise anything.
             image = source.read(item)
             shape = shape_of(image)
-            if images is None:
+            if i == 0:
                 images = np.empty((len(source.items), *shape), np.uint8)
             if shape != images.shape[1:] or shape[1] != shape[2]:
                 raise ValueError(f"it is {size_and_colour(shape)}, the first is "
@@ -84,11 +82,11 @@ def read_as_is(path):
 
 
 def load_reference(name, shape, args, about, config=None, key="reference", split="train"):
-    """The images to compare those of `shape` (C, H, W) with: uint8 (N, C, H, W).
+    """The images to compare with, made at `shape` (C, H, W) as train.py makes its own: uint8.
 
-    name: a data set of train.py, a folder, a zip or an npz; None: the run's own data set, clean.
-    key: what the provenance calls them.  split "test": refused where a data set has none.
-    They are made at that size and colour as train.py makes its own; the provenance says of what.
+    name: a data set of train.py, a folder, a zip or an npz; None: that of the run with `config`.
+    about: the provenance, which calls them `key`.
+    Raises UserError for what is missing, and with split "test" for a data set without that split.
     """
     folder, cache = args.data_dir, args.cache_dir
     if config and name in (None, config["dataset"]):
@@ -96,23 +94,22 @@ def load_reference(name, shape, args, about, config=None, key="reference", split
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
     if not name:
         raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
-    source, label, dataset = None, f"{name} {split}", name
+    dataset, label, made_of, source = name, f"{name} {split}", shape, None
     if name not in PRESETS:
         if not Path(name).exists():
             raise UserError(f"{name}: neither a data set nor a file or folder")
-        label, dataset, folder, cache = name, "folder", name, cache or CACHE
+        dataset, label, folder, cache = "folder", name, name, cache or CACHE
     if dataset != "shapes":
         source = find_source(dataset, folder, split)
-        if name in PRESETS and split == "test" and source.split is None:
-            # A bare set is the training images, unless --data_dir names another one to denoise.
-            trained_on = folder if key == "holdout" else config["data_dir"]
-            if str(folder) == str(trained_on):
-                raise UserError(f"{folder or f'data/{name}'} has no test split: name a folder, zip "
-                                "or npz of held-out images")
+        made_of = shape_of(source.read(source.items[0]))
+    # A bare set is the training images, unless --data_dir names another one to denoise.
+    if (name in PRESETS and split == "test" and source and source.split is None
+            and (key == "holdout" or str(folder) == str(config["data_dir"]))):
+        raise UserError(f"{folder or f'data/{name}'} has no test split: name a folder, zip or npz "
+                        "of held-out images")
     images = load_images(dataset, shape[1], shape[0], folder, cache, split, source)
-    own = shape_of(source.read(source.items[0])) if source else shape
-    if own != shape:
-        label += f", made {size_and_colour(shape)} of {size_and_colour(own)}"
+    if made_of != shape:
+        label += f", made {size_and_colour(shape)} of {size_and_colour(made_of)}"
     about.update({key: label, f"{key}_num": len(images), "image": size_and_colour(shape)})
     return images
 
@@ -136,9 +133,9 @@ def load_samples(args, about):
     if (path / "ckpt.pt").exists() or path.suffix == ".pt" or diffusers_folder(path):
         run = open_run(path, args, about, args.steps)
         about["num"] = args.num or 50_000
-        return run.shape, lambda: draw(run, about["num"], args, "drawing", args.steps, args.sampler,
+        return run.shape, lambda: draw(run, about["num"], args, "drawing", args.sampler, args.steps,
                                        args.spacing), run.config
-    images = first_images(read_as_is(path), args.num, "num", "samples")
+    images = first_images(read_as_is(path), args.num, "samples")
     # The flags did not draw these; sample.py may have, and left a note.
     about.update(dict.fromkeys(["sampler", "steps", "spacing", "seed", "raw"]))
     note = (path.parent if path.name == "samples.npz" else path) / "samples.json"
@@ -152,7 +149,6 @@ def load_samples(args, about):
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
-HASH = "6726825d"
 
 
 def build_inception():
@@ -192,25 +188,21 @@ def build_inception():
 def load_inception(path=None):
     """The published network, or other weights that fit it: (net, what it is).
 
-    Without `path` torch.hub fetches the file, checked by its hash.
-    Raises UserError for no file and no network, a wrong hash, weights that do not fit.
+    Without `path` torch.hub fetches the file, checked by its hash.  Raises whatever goes wrong.
     """
-    net, cached = build_inception(), Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
-    try:
-        if path is None and not cached.exists():
+    net, file = build_inception(), path
+    if file is None:
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
+        if not file.exists():
             torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True)
-        digest = hashlib.sha256((path or cached).read_bytes()).hexdigest()[:8]
-        net.load_state_dict(torch.load(path or cached, map_location="cpu", weights_only=True))
-    except Exception as error:  # Network, disk, hash, a foreign file: all end alike.
-        raise UserError(f"{path or cached}: no weights of the FID Inception "
-                        f"({str(error).splitlines()[0]}): fetch {INCEPTION} and name it with "
-                        "--inception, or use --features random") from error
-    known = digest == HASH
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    known = INCEPTION.endswith(f"-{digest}.pth")
     return net, f"Inception {digest}" + ("" if known else ", NOT the published network")
 
 
 def random_inception():
-    """The untrained network, seeded: He et al.'s initial weights, so that no layer fades."""
+    """The network on He et al.'s initial weights, so that no layer fades: (net, what it is)."""
     net, g = build_inception(), torch.Generator().manual_seed(0)
     for p in net.parameters():
         if p.dim() > 1:
@@ -220,14 +212,14 @@ def random_inception():
 
 def load_dinov2(device):
     """DINOv2's ViT-L/14 by torch.hub: (function: images -> class token (B, 1024), what it is)."""
+    from torchvision.transforms.functional import normalize
+
     vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", trust_repo=True)
     vit = vit.to(device).eval()
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
     def class_token(x):
-        x = F.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True)
-        return vit((x.clamp(0, 1) - mean) / std)
+        x = F.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+        return vit(normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     return class_token, "DINOv2 ViT-L/14"
 
@@ -242,8 +234,8 @@ def load_features(args, shape, about):
     name, device = args.features, args.device
 
     def features(x, index):
-        ends = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
-        return ends if isinstance(ends, tuple) else (ends,)
+        found = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
+        return found if isinstance(found, tuple) else (found,)
 
     try:
         if name == "inception":
@@ -256,21 +248,21 @@ def load_features(args, shape, about):
             net, label = nn.Flatten(), "pixels, NOT comparable"
         else:
             digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:8]
+            label = f"{Path(name).name} ({digest}), NOT comparable with published figures"
             with warnings.catch_warnings():  # Deprecated; no other format brings its own code.
                 warnings.simplefilter("ignore")
                 net = torch.jit.load(name, map_location=device)
-            label = f"{Path(name).name} ({digest}), NOT comparable with published figures"
         if isinstance(net, nn.Module):
             net = net.to(device, memory_format=torch.channels_last).eval()
         rows = features(torch.zeros(1, *shape, dtype=torch.uint8, device=device), None)[0]
         if rows.dim() != 2:
             raise ValueError(f"the output is {tuple(rows.shape)}, not (B, d)")
-    except UserError:
-        raise
-    except Exception as error:  # Missing, no TorchScript, no network, or what the module raises.
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+    except Exception as error:  # Missing, no weights, no network, or what the module raises.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()[:300]
+        hint = f": fetch {INCEPTION} and name it with --inception, or use --features random"
         raise UserError(f"--features {name}: neither inception, random, dinov2, pixels nor "
-                        f"TorchScript for {shape[2]}x{shape[1]} pixels ({reason})") from error
+                        f"TorchScript for {shape[2]}x{shape[1]} pixels ({reason})"
+                        + hint * (name == "inception")) from error
     about["features"] = label
     return features
 
@@ -295,36 +287,20 @@ def extract(images, function, args, title):
 
     Raises UserError where a value is not finite.
     """
-    found = None
+    batches = []
     with ticker(title, len(images)) as tick:
-        for i in range(0, len(images), args.batch_size):
-            index = np.arange(i, min(i + args.batch_size, len(images)))
-            ends = function(torch.from_numpy(images[index]).to(args.device), index)
-            if not all(end.isfinite().all() for end in ends):
+        for index in torch.arange(len(images)).split(args.batch_size):
+            batch = torch.from_numpy(images[index.numpy()]).to(args.device)
+            batches.append([values.cpu() for values in function(batch, index)])
+            if not all(values.isfinite().all() for values in batches[-1]):
                 raise UserError(f"{title}: what the network returns is not finite")
-            found = found or [end.new_empty(len(images), *end.shape[1:], device="cpu")
-                              for end in ends]
-            for whole, end in zip(found, ends):
-                whole[index] = end.cpu()
-            tick(i + len(index))
-    return found
+            tick(index[-1].item() + 1)
+    return [torch.cat(parts) for parts in zip(*batches)]
 
 
-# ---------- Rows (N, d) of features, a block at a time, in float64
+# ---------- Neighbours among rows (N, d) of features, a block at a time, in float64
 
 BLOCK = 512
-
-
-def mean_of(rows):
-    """Mean (d,) of rows (N, d)."""
-    return sum(block.double().sum(0) for block in rows.split(BLOCK)) / len(rows)
-
-
-def moments(rows):
-    """Mean (d,) and covariance (d, d), N - 1 in its denominator, of rows (N, d)."""
-    mean = mean_of(rows)
-    centred = (block.double() - mean for block in rows.split(BLOCK))
-    return mean, sum(block.T @ block for block in centred) / (len(rows) - 1)
 
 
 def nearest(x, y, k, device, title, prepare=lambda rows: rows, same=False, radii=None):
@@ -339,21 +315,19 @@ def nearest(x, y, k, device, title, prepare=lambda rows: rows, same=False, radii
     def ready(rows):
         return prepare(rows.to(device).double())
 
-    # Products of centred rows lose less to rounding, and distances do not see the shift.
-    centre, found = ready(y[:BLOCK]).mean(0), []
+    found = []
     with ticker(title, len(x)) as tick:
-        for i, rows in zip(range(0, len(x), BLOCK), x.split(BLOCK)):
-            a = ready(rows)
-            distance = torch.cat([torch.cdist(a - centre, ready(block) - centre)
-                                  for block in y.split(BLOCK)], dim=1)
+        for i in range(0, len(x), BLOCK):
+            a = ready(x[i:i + BLOCK])
+            distance = torch.cat([torch.cdist(a, ready(b)) for b in y.split(BLOCK)], dim=1)
             if same:
-                distance[range(len(a)), range(i, i + len(a))] = math.inf
+                distance[:, i:i + len(a)].fill_diagonal_(math.inf)
             if radii is not None:
                 distance -= radii.to(distance)
             index = distance.topk(k, largest=False).indices.cpu()
-            # That was |x|^2 + |y|^2 - 2 x.y; the differences to the chosen few are exact.
-            exact = torch.stack([(a - ready(y[column])).norm(dim=1) for column in index.T], dim=1)
-            exact, order = exact.cpu().sort(dim=1)
+            # cdist takes |x|^2 + |y|^2 - 2 x.y; the differences to the chosen few are exact.
+            chosen = ready(y[index.flatten()]).view(*index.shape, -1)
+            exact, order = (a[:, None] - chosen).norm(dim=2).cpu().sort(dim=1)
             found.append((exact, index.gather(1, order)))
             tick(i + len(a))
     return tuple(torch.cat(part) for part in zip(*found))
@@ -387,12 +361,10 @@ def frechet(mean1, cov1, mean2, cov2):
 
 def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) of each split, in file order: (mean, std over the splits)."""
-    scores = []
+    n, scores = len(logits), []
     for i in range(splits):
-        part = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits]
-        log_p = part.double().log_softmax(1)
-        marginal = log_p.logsumexp(0) - math.log(len(log_p))
-        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())
+        p = logits[i * n // splits:(i + 1) * n // splits].double().softmax(1).numpy()
+        scores.append(np.exp(entropy(p, p.mean(0, keepdims=True), axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -425,7 +397,6 @@ def haar(x):
 
 
 MAD = 0.6745  # The median of |N(0, 1)|; Donoho's estimate of the noise's std divides by it.
-PLAIN = ("residual_noise", "pixel_std", "brightness_std", "noise_images")
 
 
 def plain_figures(images, level=0.3):
@@ -437,89 +408,72 @@ def plain_figures(images, level=0.3):
     noise_images: share of images that are mostly noise, their own estimate above `level`: of a few
         of them the median over all knows nothing.
     """
-    size = max(1, 2**22 // math.prod(images.shape[1:]))
-    values, details, means, medians = np.zeros(256, int), np.zeros(511, int), [], []
-    for i in range(0, len(images), size):
-        block = np.asarray(images[i:i + size])
-        detail = haar(block.astype(np.int16)).reshape(len(block), -1)
-        values += np.bincount(block.ravel(), minlength=256)
-        details += np.bincount(detail.ravel(), minlength=511)
-        means.append(block.mean((1, 2, 3)))
-        medians.append(np.median(detail, 1) if detail.size else np.full(len(block), np.nan))
-    n, grey = details.sum(), np.arange(256)
-    median = np.searchsorted(details.cumsum(), [(n + 1) // 2, n // 2 + 1]).mean() if n else np.nan
-    variance = np.average((grey - np.average(grey, weights=values)) ** 2, weights=values)
+    detail = np.stack([haar(image.astype(np.int16)) for image in images])
+    means = np.array([image.mean() for image in images])
+    variance = np.mean([image.var() for image in images]) + means.var()
     # A value is 1 / 127.5 of the scale, and a detail half of what `haar` returns.
-    own = np.concatenate(medians) / 255 / MAD
-    found = (median / 255 / MAD, variance**0.5 / 127.5, np.concatenate(means).std() / 127.5,
-             (own > level).mean())
-    return {name: float(value) for name, value in zip(PLAIN, found)}
+    noise, own = (np.median(detail, axis) / 255 / MAD for axis in (None, (1, 2, 3)))
+    return {"residual_noise": float(noise), "pixel_std": float(variance**0.5 / 127.5),
+            "brightness_std": float(means.std() / 127.5),
+            "noise_images": float((own > level).mean())}
 
 
 def measure_set(images, features, args, about, title, keep=False):
-    """What `figures` needs of a set (N, C, H, W): features, mean, cov, radii, logits, PLAIN.
+    """Features (N, d) of images (N, C, H, W), their mean, cov and radii, logits if any: a dict.
 
-    features: of `load_features`.  keep: cache it (but for the logits), keyed by the images' content
-    and the network.
+    features: of `load_features`.  radii: (N,), to the 3rd nearest of the same set.
+    keep: cache it (but for the logits), keyed by the images' content and the network.
     """
     digest = hashlib.sha256(repr(images.shape).encode())
-    for i in range(0, len(images), 1000):
-        digest.update(np.ascontiguousarray(images[i:i + 1000]))
+    digest.update(np.ascontiguousarray(images))
     about.setdefault("sha256", {})[title] = digest.hexdigest()[:16]
-    digest.update(f"{about['features']}, {', '.join(PLAIN)}".encode())
+    digest.update(about["features"].encode())
     path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
     if keep:
         with contextlib.suppress(Exception), np.load(path) as file:  # Missing or damaged: anew.
             return {name: torch.from_numpy(file[name]) for name in file}
         check_writable(path)
     rows, *logits = extract(images, features, args, title)
-    mean, cov = moments(rows)
-    near = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)[0]
-    found = {"features": rows, "mean": mean, "cov": cov, "radii": near[:, -1]}
-    found |= {name: torch.tensor(value, dtype=torch.float64)
-              for name, value in plain_figures(images).items()}
+    near, _ = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)
+    found = {"features": rows, "mean": rows.double().mean(0), "cov": rows.T.double().cov(),
+             "radii": near[:, -1]}
     if keep:
         write_atomically(path, lambda temporary: save_npz(temporary, **found))
-    return {**found, "logits": logits[0] if logits else None}
-
-
-def figures(fake, real, device):
-    """Quality of one measured set against another: a dict by JSON key.
-
-    fid, is_mean, is_std (None without logits), kid_mean, kid_std, precision, recall, and PLAIN's
-    of both sets.
-    """
-    x, y = fake["features"], real["features"]
-    kid_mean, kid_std = kid(x, y)
-    is_mean, is_std = (None, None) if fake["logits"] is None else inception_score(fake["logits"])
-    return {
-        "fid": frechet(fake["mean"], fake["cov"], real["mean"], real["cov"]),
-        "is_mean": is_mean, "is_std": is_std, "kid_mean": kid_mean, "kid_std": kid_std,
-        "precision": share_covered(x, y, real["radii"], device, "precision"),
-        "recall": share_covered(y, x, fake["radii"], device, "recall"),
-        **{name: fake[name].item() for name in PLAIN},
-        **{f"{name}_reference": real[name].item() for name in PLAIN}}
+    return found | {"logits": part for part in logits}
 
 
 def quality_scorer(args, shape, about, config=None):
-    """Measure --reference once: function (images, title) -> their `figures` against it."""
-    images = load_reference(args.reference, shape, args, about, config)
-    images = first_images(images, args.reference_num, "reference_num", "reference")
-    about["reference_num"] = len(images)
+    """Measure --reference once: function (images, title) -> their quality against it, a dict.
+
+    Its keys: fid, is_mean, is_std (None without logits), kid_mean, kid_std, precision, recall, and
+    `plain_figures` of both sets, the reference's with _reference behind the name.
+    """
+    reference = load_reference(args.reference, shape, args, about, config)
+    reference = first_images(reference, args.reference_num, "reference")
+    about["reference_num"] = len(reference)
     if args.features == "pixels" and math.prod(shape) > 8192:
         raise UserError(f"--features pixels: {math.prod(shape)} values an image, at most 8192 have "
                         "a covariance to compute with")
     features = load_features(args, shape, about)
-    real = measure_set(images, features, args, about, "reference", keep=True)
+    real = measure_set(reference, features, args, about, "reference", keep=True)
+    plain = {f"{key}_reference": value for key, value in plain_figures(reference).items()}
 
     def score(images, title):
         fake = measure_set(images, features, args, about, title)
-        n, d = min(len(fake["features"]), len(real["features"])), real["features"].shape[1]
+        x, y = fake["features"], real["features"]
+        n, d = min(len(x), len(y)), y.shape[1]
         about["kid_subset"] = min(n, 1000)
         if n <= d and "warning" not in about:
             about["warning"] = f"N = {n} for {d} features: rank-deficient, FID biased upwards"
             print(f"warning: {about['warning']}", file=sys.stderr)
-        return figures(fake, real, args.device)
+        is_mean, is_std = inception_score(fake["logits"]) if "logits" in fake else (None, None)
+        kid_mean, kid_std = kid(x, y)
+        return {
+            "fid": frechet(fake["mean"], fake["cov"], real["mean"], real["cov"]),
+            "is_mean": is_mean, "is_std": is_std, "kid_mean": kid_mean, "kid_std": kid_std,
+            "precision": share_covered(x, y, real["radii"], args.device, "precision"),
+            "recall": share_covered(y, x, fake["radii"], args.device, "recall"),
+            **plain_figures(images), **plain}
 
     return score
 
@@ -527,17 +481,14 @@ def quality_scorer(args, shape, about, config=None):
 # ---------- Sampling, attacked or not
 
 
-def draw(run, num, args, title, steps, sampler, spacing, hook=None):
+def draw(run, num, args, title, sampler, steps, spacing, hook=None):
     """`num` images of a run as sample.py draws them: uint8 (num, C, H, W); see `draw_images`."""
-    images = np.empty((num, *run.shape), np.uint8)
-    for index, part in draw_images(run.net, run.diffusion, run.shape, range(num), args.seed,
-                                   sampler, steps, spacing, args.batch_size, args.device, title,
-                                   hook):
-        images[index] = part
-    return images
+    batches = draw_images(run.net, run.diffusion, run.shape, range(num), args.seed, sampler, steps,
+                          spacing, args.batch_size, args.device, title, hook)
+    return np.concatenate([images for _, images in batches])
 
 
-def next_view(net, diffusion, path, sampler, noises):
+def next_denoised(net, diffusion, path, sampler, noises):
     """What the denoiser will see after the coming step: a view (x, t) -> (B, ...) to attack.
 
     It is the mean of D(x_prev) over `noises`, each a draw of the sampler's noise that is kept while
@@ -557,7 +508,7 @@ def next_view(net, diffusion, path, sampler, noises):
     return view
 
 
-def attacker(net, attack_steps, run, args, norms):
+def attack_hook(net, attack_steps, run, args, norms):
     """For `draw`: function (image indices) -> the hook that pushes their states while sampling.
 
     net: whose denoiser to attack.  attack_steps: of PGD; 0 for a random push of the same norm.
@@ -573,13 +524,10 @@ def attacker(net, attack_steps, run, args, norms):
         # Streams of their own, so that the sampler's noise is that of the images left alone.
         start, coming = (image_noise(args.seed, batch, run.shape, args.device, use)
                          for use in (ATTACK, EOT))
-
-        def view(x, t):
-            return denoise(net, diffusion, x, t)
-
+        view = partial(denoise, net, diffusion)
         if args.eot and attack_steps:
             noises = [coming() for _ in range(args.eot)]
-            view = next_view(net, diffusion, path, args.sampler, noises)
+            view = next_denoised(net, diffusion, path, args.sampler, noises)
         push = trajectory_attack(view, diffusion, chosen, start, args.norm, args.budget,
                                  attack_steps)
 
@@ -596,18 +544,14 @@ def attacker(net, attack_steps, run, args, norms):
 
 
 def overfit(net, diffusion, x0, cfg):
-    """The alarm of one-step attacks (Wong et al. 2020): J after 10 steps of PGD and after cfg's.
+    """J after 10 steps of PGD and after the step of training, cfg's: {t: (J_pgd10, J_train)}.
 
-    {t: (J_pgd10, J_train)} for five t from nearly clean to nearly noise, on x0 (B, C, H, W): means
-    over the batch of |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2, from the same x_t, radii
-    and random start, the same at every call. A growing ratio says that training has learnt to
-    deceive its own step.  net: as `load_run` returns it.  Reseeds torch.
+    J = |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2, the mean over x0 (B, C, H, W), at five
+    t from nearly clean to nearly noise; x_t, radii and random start are the same at every call. A
+    growing ratio says that training has learnt to deceive its own step (Wong et al. 2020).
+    net: as `load_run` returns it.  Reseeds torch.
     """
-    found = {}
-
-    def view(x, t):
-        return predict_eps(net, diffusion, x, t)
-
+    found, view = {}, partial(predict_eps, net, diffusion)
     for now in (int(share * diffusion.T) for share in (0.02, 0.1, 0.25, 0.5, 0.8)):
         torch.manual_seed(seed_for(FIXED_BATCH, now))
         t = torch.full((len(x0),), now, device=x0.device)
@@ -646,7 +590,7 @@ def few_steps(args, about):
     score, rows, strips = quality_scorer(args, run.shape, about, run.config), [], {}
     for sampler, spacing, steps in itertools.product(args.sampler, args.spacing, args.steps):
         title = f"{sampler} {spacing} {steps}"
-        images = draw(run, args.num, args, title, steps, sampler, spacing)
+        images = draw(run, args.num, args, title, sampler, steps, spacing)
         strips[title] = images[:16].copy()
         rows.append({"sampler": sampler, "spacing": spacing, "steps": steps,
                      **score(images, title)})
@@ -673,8 +617,8 @@ def attack(args, about):
     score, rows, strips = quality_scorer(args, run.shape, about, run.config), [], {}
     for name, how in attacks.items():
         norms = torch.zeros(args.num)
-        hook = how and attacker(*how, run, args, norms)
-        images = draw(run, args.num, args, name, args.steps, args.sampler, args.spacing, hook)
+        hook = how and attack_hook(*how, run, args, norms)
+        images = draw(run, args.num, args, name, args.sampler, args.steps, args.spacing, hook)
         strips[name] = images[:16].copy()
         clean = images if how is None else clean
         mse = np.mean([np.mean((a / 127.5 - b / 127.5) ** 2) for a, b in zip(images, clean)])
@@ -696,30 +640,29 @@ def memorization(args, about):
     train = load_reference(args.reference, shape, args, about, config)
     if config and args.reference in (None, config["dataset"]):
         train = limit_images(train, config["limit"], config["seed"])
-    train = first_images(train, args.reference_num, "reference_num", "reference")
+    train = first_images(train, args.reference_num, "reference")
     about["reference_num"] = len(train)
-    sets = dict.fromkeys(["samples", "blurred"])
-    if args.holdout is not None:
-        sets["held out"] = load_reference(args.holdout, shape, args, about, config, "holdout",
-                                          "test")
-    features = load_features(args, shape, about)
-    sets["samples"] = images = load()
-    sets["blurred"] = np.concatenate([
-        gaussian_filter(images[i:i + 1000].astype(np.float32), (0, 0, args.blur, args.blur))
-        .round().astype(np.uint8) for i in range(0, len(images), 1000)])
-
     _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
-    once = np.sort(first_images(once, None, "", "different training images"))
     about["duplicates_left_out"] = len(train) - len(once)
-    train = train if len(once) == len(train) else train[once]
-    base = extract(train, features, args, "training set")[0]
-    pixels, mean, rows = args.features == "pixels", mean_of(base), []
+    train = train[np.sort(first_images(once, None, "different training images"))]
+    held_out = {}
+    if args.holdout is not None:
+        held_out["held out"] = load_reference(args.holdout, shape, args, about, config, "holdout",
+                                              "test")
+    features = load_features(args, shape, about)
+    base, *_ = extract(train, features, args, "training set")
+    pixels = args.features == "pixels"
+    mean = torch.from_numpy(train.mean(0, dtype=np.float64)).flatten()
 
-    def direction(block):
-        return F.normalize(block - mean.to(block) if pixels else block)
+    def direction(rows):
+        return F.normalize(rows - mean.to(rows) if pixels else rows)
 
-    for name, some in sets.items():
-        found = extract(some, features, args, name)[0]
+    images, rows = load(), []
+    blurred = np.stack([
+        gaussian_filter(image, (0, args.blur, args.blur), output=np.float32).round()
+        .astype(np.uint8) for image in images])
+    for name, some in {"samples": images, "blurred": blurred, **held_out}.items():
+        found, *_ = extract(some, features, args, name)
         near, index = nearest(found, base, 2, args.device, name)
         d1, d2 = near.T / (127.5 if pixels else 1)
         turn, _ = nearest(found, base, 1, args.device, f"{name}: cosine", direction)
@@ -745,31 +688,31 @@ def denoising(args, about):
     """
     net, diffusion, config, shape, _ = open_run(args.run, args, about)
     images = load_reference(args.reference, shape, args, about, config, split="test")
-    num = args.num or max(10, min(1000, len(images)))
-    images = first_images(images, num, "num", "held-out images")
+    images = first_images(images, args.num, "held-out images")[:args.num or 1000]
     about["num"], rows = len(images), []
+    clean = torch.from_numpy(np.array(images)).float() / 127.5 - 1
+    clean_noise = plain_figures(images)["residual_noise"]
     levels = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()
     for std in args.noise_std:
         t = (levels - std).abs().argmin().item()
 
         def denoised(batch, index):
-            clean = batch.float() / 127.5 - 1
-            noisy = clean + std * image_noise(args.seed, index, shape, args.device, ATTACK)()
+            noisy = batch.float() / 127.5 - 1
+            noisy += std * image_noise(args.seed, index, shape, args.device, ATTACK)()
             x = diffusion.sqrt_a[t] * noisy
             once = denoise(net, diffusion, x, torch.full((len(x),), t, device=x.device))
             noise = image_noise(args.seed, index, shape, args.device)
             for now in range(t, -1, -1):
                 x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
-            ends = [noisy, once.clamp(-1, 1), x.clamp(-1, 1)]
-            # An exact image, such as a black one, counts as 100 dB.
-            errors = [(mean_square(end - clean) / 4).clamp(min=1e-10) for end in ends]
-            return [-10 * error.log10() for error in errors] + [haar(end) for end in ends]
+            return noisy, once.clamp(-1, 1), x.clamp(-1, 1)
 
+        row = {"t": t, "noise_std": std, "clean residual": clean_noise}
         found = extract(images, denoised, args, f"noise {std}")
-        row = {"t": t, "noise_std": std, "clean residual": plain_figures(images)["residual_noise"]}
-        for name, psnr, detail in zip(("input", "one-shot", "ancestral"), found[:3], found[3:]):
-            row |= {f"{name} psnr": psnr.mean().item(),
-                    f"{name} residual": float(np.median(detail)) / 2 / MAD}
+        for name, image in zip(("input", "one-shot", "ancestral"), found):
+            # An exact image, such as a black one, counts as 100 dB.
+            error = (mean_square(image - clean) / 4).clamp(min=1e-10)
+            row |= {f"{name} psnr": -10 * error.log10().mean().item(),
+                    f"{name} residual": float(np.median(haar(image))) / 2 / MAD}
         rows.append(row)
     return rows
 
@@ -777,8 +720,8 @@ def denoising(args, about):
 def overfitting(args, about):
     """J under 10 steps of PGD over J under the training step, at five time steps, raw weights.
 
-    A row for each checkpoint, `ratio` the largest of its five. On the first --num training images
-    as training saw them, see `overfit`.
+    A row for each checkpoint, `ratio` the largest of its five: the alarm of Wong et al. 2020. On
+    the first --num training images as training saw them.
     """
     rows, about["checkpoints"] = [], []
     for path in args.run:
@@ -807,108 +750,74 @@ def save_sheet(strips, path):
     if path is None:
         return
     save_grid(np.concatenate(list(strips.values())), path, len(next(iter(strips.values()))))
-    grid, font = Image.open(path).convert("RGB"), ImageFont.load_default()
-    margin = 8 + math.ceil(max(font.getlength(name) for name in strips))
-    sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
-    sheet.paste(grid, (margin, 0))
+    sheet, margin = Image.open(path).convert("RGB"), 8 + 7 * max(map(len, strips))
+    sheet = ImageOps.expand(sheet, (margin, 0, 0, 0), "white")
     for row, name in enumerate(strips):
-        middle = (row + 0.5) * grid.height / len(strips)
-        ImageDraw.Draw(sheet).text((4, middle - 6), name, "black", font)
+        middle = (row + 0.5) * sheet.height / len(strips)
+        ImageDraw.Draw(sheet).text((4, middle - 6), name, "black")
     sheet.save(path)
 
 
-def print_table(rows, width=100):
-    """Print rows (dicts of the same keys) in columns; what is too wide comes below, labelled again.
-
-    Lists are for the JSON alone. The reference's own figures, the same in each row, come once.
-    """
-    def text(value):
-        return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-    columns, labels, parts, own = {}, [], [], []
-    for key, first in rows[0].items():
-        cells = [key, *(text(row[key]) for row in rows)]
-        columns[key] = [cell.rjust(2 + max(map(len, cells))) for cell in cells]
-        if key.endswith("_reference"):
-            own.append(f"{key.removesuffix('_reference')} {text(first)}")
-        elif isinstance(first, (str, int)):
-            labels.append(key)
-        elif not isinstance(first, list):
-            if not parts or sum(len(columns[name][0]) for name in [*parts[-1], key]) > width:
-                parts.append([*labels])
-            parts[-1].append(key)
-    for part in parts:
-        print(*map("".join, zip(*(columns[key] for key in part))), "", sep="\n")
-    if own:
-        print("reference:", ", ".join(own))
+def print_table(rows):
+    """Print rows, dicts of the same keys, side by side: a figure a line. Lists are for the JSON."""
+    keys = [key for key, value in rows[0].items() if not isinstance(value, list)]
+    columns = [[f"{row[key]:.5g}" if isinstance(row[key], float) else str(row[key])
+                for key in keys] for row in rows]
+    label, width = (2 + max(map(len, texts)) for texts in (keys, itertools.chain(*columns)))
+    abreast = max(1, (100 - label) // width)
+    for i in range(0, len(columns), abreast):
+        for key, *texts in zip(keys, *columns[i:i + abreast]):
+            print(key.ljust(label) + "".join(text.rjust(width) for text in texts))
+        print()
 
 
-def png_path(text):
-    """An argparse type: the path of a PNG."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
-    return Path(text)
+COMMANDS = {"quality": quality, "memorization": memorization, "attack": attack, "steps": few_steps,
+            "denoise": denoising, "overfit": overfitting}
 
 
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
     positive, whole, ten = number(float, 1e-9), number(int, 1), number(int, 10)
     p = Parser(description=__doc__)
-    commands = p.add_subparsers(dest="command", required=True, metavar="command")
-
-    machine = Parser(add_help=False)
-    flag = machine.add_argument
-    flag("--data_dir", type=a_path, help="folder, zip or npz of the data set; else the run's")
-    flag("--cache_dir", type=a_path, help=f"for statistics and decoded images; else {CACHE}")
-    flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
-    flag("--json", type=a_path, help="file for the figures and their provenance")
-
-    images = Parser(add_help=False)
-    flag = images.add_argument
-    flag("--reference", help="a data set of train.py, a folder, zip or npz; else the run's own")
-    flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
-    flag("--raw", action="store_true", help="raw weights instead of the EMA")
-    flag("--batch_size", type=whole, default=50, help="images at a time; it changes no figure")
-
-    measuring = Parser(add_help=False)
-    flag = measuring.add_argument
-    flag("--reference_num", type=ten, help="only so many images of the reference; else all")
-    flag("--inception", type=a_path, help="file of the Inception's weights; else torch.hub's")
-
-    sampling = Parser(add_help=False)
-    flag = sampling.add_argument
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
-    flag("--steps", type=whole, default=100, help="network calls an image")
-    flag("--spacing", choices=["respaced", "naive"], default="respaced",
-         help="naive: one-step updates at strided time steps, which leave noise")
-
-    def command(function, name, subject, *parents, num=None, features=None, png=None):
+    subparsers, parsers = p.add_subparsers(dest="command", required=True, metavar="command"), {}
+    for command, function in COMMANDS.items():
         text = inspect.cleandoc(function.__doc__)
-        q = commands.add_parser(name, help=text.split(".")[0], description=text,
-                                parents=[*parents, machine])
-        q.set_defaults(function=function)
-        q.add_argument(subject, type=a_path, nargs="+" if name == "overfit" else None,
-                       help="run folder or checkpoint file of train.py" + (
-                           ", or images: folder, zip, npz" if subject == "samples" else ""))
-        most = "" if num else "; else 50000 of a run, 1000 to denoise, all of a folder"
-        q.add_argument("--num", type=whole if name == "overfit" else ten, default=num,
-                       help=f"how many images{most}")
-        if features:
-            q.add_argument("--features", default=features,
-                           help="inception; random: untrained, offline, not comparable; dinov2; "
-                                "pixels; or FILE.pt, TorchScript uint8 NCHW -> (B, d)")
-            q.add_argument("--png", type=png_path, default=png, help="file for a picture")
-        return q.add_argument
+        parsers[command] = subparsers.add_parser(command, help=text.split(".")[0], description=text)
 
-    command(quality, "quality", "samples", images, sampling, measuring, features="inception")
+    def adder(*commands):
+        def flag(name, **options):
+            for command in commands:
+                parsers[command].add_argument(name, **options)
+        return flag
 
-    flag = command(memorization, "memorization", "samples", images, sampling, measuring,
-                   features="pixels", png=Path("out/memorization.png"))
+    model, many = "run folder or checkpoint file of train.py", "how many images"
+    flag = adder("quality", "memorization")
+    flag("samples", type=a_path, help=f"{model}, or images: folder, zip, npz")
+    flag("--num", type=ten, help=f"{many}; else 50000 of a run, all of a folder")
+    flag = adder("attack", "steps")
+    flag("run", type=a_path, help=model)
+    flag("--num", type=ten, default=5000, help=many)
+    flag = adder("denoise")
+    flag("run", type=a_path, help=model)
+    flag("--num", type=ten, help=f"{many}; else 1000")
+    flag("--noise_std", type=comma_list(positive), default=[0.1, 0.2],
+         help="std of the noise on the [-1, 1] scale")
+    flag = adder("overfit")
+    flag("run", type=a_path, nargs="+", help=model)
+    flag("--num", type=whole, default=16, help=many)
+
+    flag = adder("quality", "memorization", "attack", "steps")
+    flag("--features", default="inception",
+         help="inception; random: untrained, offline, not comparable; dinov2; pixels; or FILE.pt, "
+              "TorchScript uint8 NCHW -> (B, d)")
+    flag("--inception", type=a_path, help="file of the Inception's weights; else torch.hub's")
+    flag("--reference_num", type=ten, help="only so many images of the reference; else all")
+    flag("--png", type=a_path, help="file for a picture")
+    flag = adder("memorization")
+    parsers["memorization"].set_defaults(features="pixels", png=Path("out/memorization.png"))
     flag("--holdout", help="held-out images, as --reference; of a data set the test split")
     flag("--blur", type=positive, default=1.0, help="std of the blurred control, in pixels")
-
-    flag = command(attack, "attack", "run", images, sampling, measuring, num=5000,
-                   features="inception")
+    flag = adder("attack")
     flag("--norm", choices=["l2", "linf"], default="l2", help="the attack's ball")
     flag("--budget", type=positive, default=0.1,
          help="its radius in units of s_t, a root mean square or largest element")
@@ -919,36 +828,47 @@ def parse_args(argv=None):
               "ddpm; 0: D now, which overlooks the clipping")
     flag("--surrogate", type=a_path, help="second run, to attack through as well (transfer)")
 
-    flag = command(few_steps, "steps", "run", images, measuring, num=5000, features="inception")
-    flag("--steps", type=comma_list(whole), default=[1000, 500, 300, 100, 50, 20, 10],
-         help="network calls an image")
+    flag = adder("quality", "memorization", "attack")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
+    flag("--steps", type=whole, default=100, help="network calls an image")
+    flag("--spacing", choices=["respaced", "naive"], default="respaced",
+         help="naive: one-step updates at strided time steps, which leave noise")
+    flag = adder("steps")
     flag("--sampler", type=comma_list(str, "ddpm", "ddim"), default=["ddpm", "ddim"],
          help="of ddpm, ddim")
+    flag("--steps", type=comma_list(whole), default=[1000, 500, 300, 100, 50, 20, 10],
+         help="network calls an image")
     flag("--spacing", type=comma_list(str, "respaced", "naive"), default=["respaced"],
          help="of respaced, naive")
 
-    flag = command(denoising, "denoise", "run", images)
-    flag("--noise_std", type=comma_list(positive), default=[0.1, 0.2],
-         help="std of the noise on the [-1, 1] scale")
-
-    command(overfitting, "overfit", "run", num=16)
+    flag = adder("quality", "memorization", "attack", "steps", "denoise")
+    flag("--reference", help="a data set of train.py, a folder, zip or npz; else the run's own")
+    flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
+    flag("--raw", action="store_true", help="raw weights instead of the EMA")
+    flag("--batch_size", type=whole, default=50, help="images at a time; it changes no figure")
+    flag = adder(*COMMANDS)
+    flag("--data_dir", type=a_path, help="folder, zip or npz of the data set; else the run's")
+    flag("--cache_dir", type=a_path, help=f"for statistics and decoded images; else {CACHE}")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
+    flag("--json", type=a_path, help="file for the figures and their provenance")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
-    args.raw = getattr(args, "raw", True)  # The alarm is of the weights that are trained.
+    png, args.raw = getattr(args, "png", None), getattr(args, "raw", True)  # The alarm's are raw.
     about = {key: value for key, value in vars(args).items()
-             if key not in ("function", "device", "json")}
+             if key not in ("device", "json")}
     _, _, world, args.device = setup_device(args.device)
     if world > 1:
         raise UserError("evaluate.py runs in one process; `torchrun sample.py` draws on several")
+    if png and png.suffix.lower() != ".png":
+        raise UserError(f"--png {png} does not end in .png")
     print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
-    for path in filter(None, (args.json, getattr(args, "png", None))):
+    for path in filter(None, (args.json, png)):
         check_writable(path)
-    rows = [{key: None if isinstance(value, float) and not math.isfinite(value) else value
-             for key, value in row.items()} for row in args.function(args, about)]
+    rows = [finite(row) for row in COMMANDS[args.command](args, about)]
     print_table(rows)
     text = "; ".join(f"{key} {value}" for key, value in about.items()
                      if value is not None and not isinstance(value, (list, dict)))
