@@ -671,6 +671,8 @@ def test_overfit_prints_a_row_a_checkpoint(pictures, in_process, measure, tmp_pa
     ("quality RUN --json LICENSE/a.json", "cannot write LICENSE/a.json"),
     ("memorization RUN --png out/pairs", "does not end in .png"),
     ("memorization RUN --holdout P/nowhere", "neither a data set nor a file"),
+    ("memorization P/folder --reference P/folder --holdout cifar10 --data_dir P/double.npz",
+     "has no test split"),
     ("attack P/folder", "no checkpoint"),
     ("attack P/short.pt --steps 501", "T = 500"),
     ("attack RUN --surrogate P/short.pt", "short.pt: its T is 500, that of"),
