@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import inspect
 import itertools
-import json
 import math
 import sys
 import textwrap
@@ -31,12 +30,13 @@ from torch import nn
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
 from model import diffusers_folder
-from sample import (ATTACK, EOT, FIXED_BATCH, Parser, UserError, a_path, check_writable, comma_list,
-                    crop_resize, denoise_step, draw_images, finite, image_noise, load_run, number,
-                    open_images, run_cli, save_grid, save_npz, seed_for, setup_device, step_pairs,
-                    ticker, user_errors, write_atomically, write_json)
-from train import (PRESETS, complete_config, find_source, limit_images, load_corruption,
-                   load_images, training_images)
+from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, check_writable,
+                    clean_images, comma_list, crop_resize, denoise_step, draw_images, finite, haar,
+                    image_noise, load_run, number, open_images, read_json, run_cli, save_grid,
+                    save_npz, seed_for, setup_device, step_pairs, ticker, user_errors,
+                    write_atomically, write_json)
+from train import (PRESETS, choose_images, complete_config, find_source, limit_images,
+                   load_corruption, load_images, training_images)
 
 # ---------- Images: uint8 arrays (N, C, H, W)
 
@@ -101,7 +101,8 @@ def load_reference(name, shape, args, about, config=None, key="reference", split
         dataset, label, folder, cache = "folder", name, name, cache or CACHE
     if dataset != "shapes":
         source = find_source(dataset, folder, split)
-        made_of = shape_of(source.read(source.items[0]))
+        with user_errors(Exception, prefix=f"{name}: its first image is not readable: "):
+            made_of = shape_of(source.read(source.items[0]))
     # A bare set is the training images, unless --data_dir names another one to denoise.
     if (name in PRESETS and split == "test" and source and source.split is None
             and (key == "holdout" or str(folder) == str(config["data_dir"]))):
@@ -124,23 +125,21 @@ def open_run(path, args, about, *steps):
         return run._replace(config=complete_config(run.config))
 
 
-def load_samples(args, about):
-    """SAMPLES: (shape (C, H, W), function that returns the images, the run's config or None).
+def load_samples(path, args, about):
+    """Images to measure: (shape (C, H, W), function that returns them, the run's config or None).
 
     A run is drawn from by that function: after whatever can be wrong has been found.
     """
-    path = args.samples
     if (path / "ckpt.pt").exists() or path.suffix == ".pt" or diffusers_folder(path):
         run = open_run(path, args, about, args.steps)
         about["num"] = args.num or 50_000
         return run.shape, lambda: draw(run, about["num"], args, "drawing", args.sampler, args.steps,
-                                       args.spacing), run.config
+                                       args.spacing, stop=args.stop), run.config
     images = first_images(read_as_is(path), args.num, "samples")
     # The flags did not draw these; sample.py may have, and left a note.
-    about.update(dict.fromkeys(["sampler", "steps", "spacing", "seed", "raw"]))
+    about.update(dict.fromkeys(["sampler", "steps", "spacing", "stop", "seed", "raw"]))
     note = (path.parent if path.name == "samples.npz" else path) / "samples.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        about.update(json.loads(note.read_text()))
+    about.update({key: value for key, value in read_json(note).items() if key != "sha256"})
     about["num"] = len(images)
     return images.shape[1:], lambda: images, None
 
@@ -386,19 +385,6 @@ def kid(fake, real, subsets=100, size=1000, seed=2020):
     return float(np.mean(values)), float(np.std(values))
 
 
-def haar(x):
-    """|a - b - c + d| of the 2x2 pixels of images (..., H, W), twice the finest Haar detail.
-
-    x: a tensor, or an array of signed numbers. The edge of an odd size is left out.
-    """
-    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
-    a, b, c, d = (x[..., i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
-    return abs(a - b - c + d)
-
-
-MAD = 0.6745  # The median of |N(0, 1)|; Donoho's estimate of the noise's std divides by it.
-
-
 def plain_figures(images, level=0.3):
     """What is said of uint8 images (N, C, H, W) without a network, on the [-1, 1] scale: a dict.
 
@@ -431,7 +417,13 @@ def measure_set(images, features, args, about, title, keep=False):
     path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
     if keep:
         with contextlib.suppress(Exception), np.load(path) as file:  # Missing or damaged: anew.
-            return {name: torch.from_numpy(file[name]) for name in file}
+            found = {name: torch.from_numpy(file[name]) for name in file}
+            d = found["features"].shape[1]
+            shapes = {"features": (len(images), d), "mean": (d,), "cov": (d, d),
+                      "radii": (len(images),)}
+            if {name: tuple(value.shape) for name, value in found.items()} == shapes:
+                return found
+    if keep:
         check_writable(path)
     rows, *logits = extract(images, features, args, title)
     near, _ = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)
@@ -481,10 +473,10 @@ def quality_scorer(args, shape, about, config=None):
 # ---------- Sampling, attacked or not
 
 
-def draw(run, num, args, title, sampler, steps, spacing, hook=None):
+def draw(run, num, args, title, sampler, steps, spacing, hook=None, stop=0.0):
     """`num` images of a run as sample.py draws them: uint8 (num, C, H, W); see `draw_images`."""
     batches = draw_images(run.net, run.diffusion, run.shape, range(num), args.seed, sampler, steps,
-                          spacing, args.batch_size, args.device, title, hook)
+                          spacing, args.batch_size, args.device, title, hook, stop=stop)
     return np.concatenate([images for _, images in batches])
 
 
@@ -572,16 +564,21 @@ def overfit(net, diffusion, x0, cfg):
 
 
 def quality(args, about):
-    """FID, IS, KID, precision and recall of images, or of a run.
+    """FID, IS, KID, precision and recall of images, or of a run; of several, side by side.
 
     Besides, of both sets: residual noise, the std of the pixels and of the images' brightness, the
     share of images that are mostly noise.
     """
-    shape, load, config = load_samples(args, about)
-    score = quality_scorer(args, shape, about, config)
-    images = load()
-    save_sheet({"samples": images[:16]}, args.png)
-    return [score(images, "samples")]
+    rows, strips, several = [], {}, len(args.samples) > 1
+    about["sets"] = [dict(about) for _ in args.samples] if several else None
+    for path, own in zip(args.samples, about["sets"] or [about]):
+        own["samples"] = str(path)
+        shape, load, config = load_samples(path, args, own)
+        score = quality_scorer(args, shape, own, config)
+        strips[str(path)] = images = load()
+        rows.append({**({"samples": str(path)} if several else {}), **score(images, "samples")})
+    save_sheet({name: images[:16] for name, images in strips.items()}, args.png)
+    return rows
 
 
 def few_steps(args, about):
@@ -636,10 +633,12 @@ def memorization(args, about):
     above .9, .95, .99. Beside it held-out images, the curve of an honest model, and the samples
     blurred, since smoothness alone changes similarity. Exact duplicates in training count once.
     """
-    shape, load, config = load_samples(args, about)
+    shape, load, config = load_samples(args.samples, args, about)
     train = load_reference(args.reference, shape, args, about, config)
     if config and args.reference in (None, config["dataset"]):
         train = limit_images(train, config["limit"], config["seed"])
+        if config["filter"]:
+            train = train[choose_images(train, load_corruption(len(train), config), config)[0]]
     train = first_images(train, args.reference_num, "reference")
     about["reference_num"] = len(train)
     _, once = np.unique([hashlib.sha256(x.tobytes()).digest() for x in train], return_index=True)
@@ -701,9 +700,8 @@ def denoising(args, about):
             noisy += std * image_noise(args.seed, index, shape, args.device, ATTACK)()
             x = diffusion.sqrt_a[t] * noisy
             once = denoise(net, diffusion, x, torch.full((len(x),), t, device=x.device))
-            noise = image_noise(args.seed, index, shape, args.device)
-            for now in range(t, -1, -1):
-                x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
+            x = clean_images(net, diffusion, noisy, torch.full((len(x),), std, device=x.device),
+                             image_noise(args.seed, index, shape, args.device), "ddpm", diffusion.T)
             return noisy, once.clamp(-1, 1), x.clamp(-1, 1)
 
         row = {"t": t, "noise_std": std, "clean residual": clean_noise}
@@ -728,8 +726,9 @@ def overfitting(args, about):
         net, diffusion, config, shape, origin = open_run(path, args, {})
         images = load_reference(None, shape, args, about, config)
         images = limit_images(images, config["limit"], config["seed"])
-        index = np.arange(min(args.num, len(images)))
-        x0 = training_images(images, index, load_corruption(len(images), config))
+        spoil = load_corruption(len(images), config)
+        index = choose_images(images, spoil, config)[0][:args.num]
+        x0 = training_images(images, index, spoil)
         cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
         found = overfit(net, diffusion, x0.to(args.device), cfg)
         ratios = {f"t = {t}": after / own if own else None for t, (after, own) in found.items()}
@@ -792,7 +791,10 @@ def parse_args(argv=None):
 
     model, many = "run folder or checkpoint file of train.py", "how many images"
     flag = adder("quality", "memorization")
-    flag("samples", type=a_path, help=f"{model}, or images: folder, zip, npz")
+    parsers["quality"].add_argument("samples", type=a_path, nargs="+",
+                                    help=f"{model}, or images: folder, zip, npz; or several")
+    parsers["memorization"].add_argument("samples", type=a_path,
+                                         help=f"{model}, or images: folder, zip, npz")
     flag("--num", type=ten, help=f"{many}; else 50000 of a run, all of a folder")
     flag = adder("attack", "steps")
     flag("run", type=a_path, help=model)
@@ -833,6 +835,9 @@ def parse_args(argv=None):
     flag("--steps", type=whole, default=100, help="network calls an image")
     flag("--spacing", choices=["respaced", "naive"], default="respaced",
          help="naive: one-step updates at strided time steps, which leave noise")
+    flag = adder("quality", "memorization")
+    flag("--stop", type=number(float, 0), default=0.0,
+         help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this")
     flag = adder("steps")
     flag("--sampler", type=comma_list(str, "ddpm", "ddim"), default=["ddpm", "ddim"],
          help="of ddpm, ddim")
@@ -874,7 +879,7 @@ def main(argv=None):
                      if value is not None and not isinstance(value, (list, dict)))
     print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
     if args.json:
-        flat = rows[0] if args.command == "quality" else {"rows": rows}
+        flat = rows[0] if args.command == "quality" and len(rows) == 1 else {"rows": rows}
         write_json(args.json, {**flat, "provenance": about})
 
 

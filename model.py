@@ -5,6 +5,7 @@ Whatever does not fit raises ValueError; the scripts turn it into a line for the
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import torch
@@ -230,9 +231,11 @@ def read_checkpoint(path):
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums.
+            raise ValueError("damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged file may raise anything.
-        raise ValueError(f"{path} is not a checkpoint of train.py: truncated, foreign, or with "
+        raise ValueError(f"{path} is not a checkpoint of train.py: damaged, foreign, or with "
                          "code in it (not run)") from error
     wanted = {"model": dict, "ema": dict, "optimizer": dict, "scaler": dict, "step": int,
               "config": dict}

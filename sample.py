@@ -13,6 +13,7 @@ started again, draws the missing images only.
 import argparse
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -43,13 +44,17 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2, no traceback."""
 
 
-# What a machine may refuse at any time: a full disk, one that may not be written to, a long name.
+# What a machine may refuse at any time: a full disk, one that may not be written to, a long name, a
+# folder that somebody has moved.
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
-                  errno.ENAMETOOLONG, errno.EACCES, errno.EPIPE)
+                  errno.ENAMETOOLONG, errno.EACCES, errno.EPIPE, errno.ENOENT, errno.EISDIR,
+                  errno.ENOTDIR, errno.ELOOP)
 
 
 def run_cli(main):
     """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # A file's name may be what it cannot encode.
+        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
@@ -58,10 +63,15 @@ def run_cli(main):
         if error.errno not in MACHINE_FAULTS:
             raise
         message = f"{error.filename or 'writing'}: {error.strerror}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                "can't allocate memory" not in str(error)):
+            raise
+        message = "not enough memory: a smaller --batch_size, --num or network needs less"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(str(message).split())[:400]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -233,6 +243,14 @@ def finite(row):
             for key, value in row.items()}
 
 
+def read_json(path):
+    """The dict in a JSON file; {} where it is missing, damaged or something else."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        data = json.loads(path.read_text())
+        return data if isinstance(data, dict) else {}
+    return {}
+
+
 def write_json(path, data):
     """Write JSON, whole or not at all."""
     text = json.dumps(data, indent=2, default=str) + "\n"
@@ -246,6 +264,16 @@ def check_writable(path):
         open(path, "ab").close()
         if path.stat().st_size == 0:
             path.unlink()
+
+
+def lock_folder(out):
+    """Claim a folder; the lock dies with the process. UserError: another one writes there."""
+    file = open(out / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process writes to {out}") from error
+    return file
 
 
 def to_uint8(x):
@@ -348,25 +376,23 @@ class Source(NamedTuple):
 
     items: Sequence  # one for each image; its name where it has one
     read: Callable  # item -> PIL image
-    files: dict  # name below the root -> (bytes, date of its last change)
+    files: dict  # name below the root -> (bytes, date of its last change or checksum)
     others: int = 0  # files beside them that are no images
     split: str | None = None  # None where the source is one bare set of images
 
 
 def is_image(name):
-    """By its suffix; hidden files and the Macintosh's shadow files are not."""
+    """By its suffix; hidden files, the Macintosh's shadow files and Pillow's stubs are not."""
     path = Path(name)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     kind = Image.registered_extensions().get(path.suffix.lower())
-    return kind in Image.OPEN and not hidden and not str(name).endswith("/")
+    stub = kind in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+    return kind in Image.OPEN and not stub and not hidden and not str(name).endswith("/")
 
 
 def is_run(folder):
     """Whether train.py has written this folder: it holds a config.json of ours."""
-    try:
-        return set(UNET_KEYS) <= json.loads((Path(folder) / "config.json").read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
+    return set(UNET_KEYS) <= read_json(Path(folder) / "config.json").keys()
 
 
 def find_files(root):
@@ -382,15 +408,15 @@ def find_files(root):
     seen, found = set(), []
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        drawn = folder != str(root) and (is_run(folder) or "samples.json" in names)
-        if drawn or real in seen:
+        ours = is_run(folder) or not {"samples.json", "ckpt.pt"}.isdisjoint(names)
+        if ours and folder != str(root) or real in seen:
             folders.clear()
             continue
         seen.add(real)
         found += [Path(folder, name) for name in names]
-    broken = [file for file in found if not file.exists()]
+    broken = [file for file in found if not file.is_file()]
     if broken:
-        raise UserError(f"{broken[0]} is a link that leads nowhere")
+        raise UserError(f"{broken[0]} is a link that leads nowhere, or no file")
     return sorted(found)
 
 
@@ -419,7 +445,7 @@ def open_images(root):
         else:
             archive = zipfile.ZipFile(root)
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            files = {entry.filename: (entry.file_size, entry.date_time) for entry in entries
+            files = {entry.filename: (entry.file_size, entry.CRC) for entry in entries
                      if is_image(entry.filename)}
             source = Source(sorted(files), lambda name: Image.open(io.BytesIO(archive.read(name))),
                             files, len(entries) - len(files))
@@ -533,19 +559,30 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     return x
 
 
+def haar(x):
+    """|a - b - c + d| of the 2x2 pixels of images (..., H, W), twice the finest Haar detail.
+
+    x: a tensor, or an array of signed numbers. The edge of an odd size is left out.
+    """
+    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+    a, b, c, d = (x[..., i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
+    return abs(a - b - c + d)
+
+
+MAD = 0.6745  # The median of |N(0, 1)|; Donoho's estimate of the noise's std divides by it.
+
+
 def noise_estimate(x):
     """The noise's std in images (B, C, H, W), each its own: (B,), nan below 2x2 pixels.
 
     Median |finest diagonal Haar coefficient| / .6745 (Donoho & Johnstone 1994), over all channels.
     Texture counts as noise: clean photographs of 32 pixels have .02 to .1 on the [-1, 1] scale.
     """
-    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
-    a, b, c, d = (x[..., i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
-    detail = ((a - b - c + d) / 2).abs().flatten(1)
+    detail = haar(x).flatten(1) / 2
     if not detail.shape[1]:
         return detail.new_full((len(x),), math.nan)
     # In parts: torch.quantile takes 16 million numbers at most.
-    return torch.cat([part.quantile(0.5, dim=1) for part in detail.split(1000)]) / 0.6745
+    return torch.cat([part.quantile(0.5, dim=1) for part in detail.split(1000)]) / MAD
 
 
 @torch.no_grad()
@@ -664,41 +701,43 @@ def parse_args(argv=None):
 def claim_folder(out, picture, names, provenance, overwrite):
     """Check that the images in `out` were made as `provenance` says, or clear them; write it.
 
+    Returns the folder's lock, to hold until the process ends.
     Raises UserError for images of other settings, and for files that are not this script's.
     """
     note = out / "samples.json"
-    try:
-        old = dict(json.loads(note.read_text()))
-    except (OSError, ValueError, TypeError):
-        old = {}
-    images = [path for path in out.glob("*.png") if path.stem.isdigit()]
-    images += [out / name for name in old.get("noise_std", {}) if (out / name).exists()]
-    there = images + [path for path in (out / "samples.npz", picture) if path.exists()]
+    old = read_json(note)
+    there = [out / name for name in names if (out / name).exists()]
+    there += [path for path in out.glob("[0-9]" * 6 + "*.png")
+              if path.stem.isdigit() and path.name not in names]
     if "sampler" not in old:
-        found = [path for path in out.glob("*") if not path.name.startswith(".")] + there
+        found = [path for path in out.glob("*") if not path.name.startswith(".")]
+        found += [picture] if picture.exists() else []
         if found:
-            raise UserError(f"{found[0]} was not made by sample.py: take another --out")
+            raise UserError(f"{found[0]} is of no images that sample.py has made there: remove it, "
+                            "or take another --out")
     changed = [key for key, value in provenance.items()
                if key not in ("num", "run") and old and old.get(key) != value]
-    if len(images) > len(names):
-        changed.append(f"num, {len(images)} images there,")
+    if len(there) > len(names):
+        changed.append(f"num, {len(there)} images there,")
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
                         "use --overwrite or another --out")
     with user_errors(OSError, prefix=f"--out {out}: "):
         out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(out)
         remove_leftovers(out)
-        for path in there if changed else []:
-            path.unlink()
+        for path in [*there, out / "samples.npz", picture] if changed else []:
+            path.unlink(missing_ok=True)
         write_json(note, provenance)
     check_writable(picture)
+    return lock
 
 
 def read_back(path, shape):
     """A PNG as uint8 (H, W, C); one that a crash damaged is removed, for the next start."""
     try:
         return np.asarray(Image.open(path)).reshape(shape)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # A damaged file may raise anything.
         path.unlink()
         raise UserError(f"{path} was damaged and is removed: run the same command again") from error
 
@@ -715,6 +754,8 @@ def read_noisy(root, shape):
     for k, item in enumerate(source.items):
         named = isinstance(item, (str, Path))
         name = (Path(item).relative_to(root) if root.is_dir() else Path(item)) if named else None
+        if named and name.is_absolute():  # Nothing is written outside of --out.
+            raise UserError(f"{root}: {item} is no name of a file in it")
         names.append(str(name.with_suffix(".png")) if named else f"{k:06d}.png")
         with user_errors(Exception, prefix=f"{item if named else names[-1]} is not readable: "):
             images.append(crop_resize(source.read(item), shape[-1], shape[0]))
@@ -748,7 +789,7 @@ def main(argv=None):
     if not (folder / "ckpt.pt").exists():
         folder = Path("out", args.run.stem)
     out = args.out or folder / ("denoised" if args.denoise else "samples")
-    picture = Path(f"{out.resolve()}.png")
+    picture = Path(f"{os.path.realpath(out)}.png")
     provenance = {**run.origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
                   "spacing": args.spacing, "stop": args.stop, "seed": args.seed}
     names, noisy = [f"{k:06d}.png" for k in range(args.num)], None
@@ -760,13 +801,14 @@ def main(argv=None):
             std = torch.full_like(std, args.noise_std)
         noisy = x, std
         provenance |= {"num": len(names), "denoised": str(args.denoise),
+                       "denoised_sha256": hashlib.sha256(before.tobytes()).hexdigest()[:16],
                        "noise_std": dict(zip(names, std.tolist()))}
     if lead:
         print(f"output {out}")
         print(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
               f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
               f"{device.type}", flush=True)
-        claim_folder(out, picture, names, provenance, args.overwrite)
+        lock = claim_folder(out, picture, names, provenance, args.overwrite)  # noqa: F841
         for name, level in provenance.get("noise_std", {}).items():
             tell(f"{name}: noise of std {level:.3f}")
     if world > 1:

@@ -15,7 +15,6 @@ samples_<step>.png.
 import argparse
 import contextlib
 import copy
-import fcntl
 import gzip
 import hashlib
 import io
@@ -48,9 +47,9 @@ from losses import MODES, READINGS, Diffusion, Objective, Perturbation, predict_
 from model import UNET_KEYS, build_network, load_weights, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
                     a_path, crop_resize, draw_chart, draw_images, duration, find_files, finite,
-                    is_run, noise_estimate, number, open_images, remove_leftovers, run_cli,
-                    save_grid, seed_for, setup_device, size_and_date, start_group, tell, ticker,
-                    to_uint8, user_errors, write_atomically, write_json)
+                    is_run, lock_folder, noise_estimate, number, open_images, remove_leftovers,
+                    run_cli, save_grid, seed_for, setup_device, size_and_date, start_group, tell,
+                    ticker, to_uint8, user_errors, write_atomically, write_json)
 
 # ---------- Data: every set becomes one uint8 array (N, C, H, W)
 
@@ -251,8 +250,12 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
         remove_leftovers(folder)
         if not cache.exists():
             write_atomically(cache, decode)
-        with user_errors(ValueError, EOFError, prefix=f"{cache} is damaged, delete it: "):
-            return np.load(cache, mmap_mode="r")
+        with user_errors(Exception, prefix=f"{cache} is damaged, delete it: "):
+            images = np.load(cache, mmap_mode="r")
+            shape = len(source.items), in_channels, image_size, image_size
+            if (images.dtype, images.shape) != (np.uint8, shape):
+                raise ValueError(f"it holds {images.dtype} {images.shape}")
+            return images
 
 
 def identity(source):
@@ -338,6 +341,23 @@ def own_noise(images, index, spoil):
     """
     parts = np.array_split(index, max(1, len(index) // 1000))
     return torch.cat([noise_estimate(training_images(images, part, spoil)) for part in parts])
+
+
+def choose_images(images, spoil, config):
+    """The indices of a set that a run trains on, by its --filter, and each image's own estimate.
+
+    Without need for every estimate some 2000 are made: (indices, estimates of some).
+    """
+    index, limit = np.arange(len(images)), config["filter"]
+    if not limit:
+        return index, own_noise(images, index[::max(1, len(index) // 2000)], spoil)
+    noise = own_noise(images, index, spoil)
+    low = (noise < limit).numpy()
+    if not low.any():
+        raise UserError(f"--filter {limit} leaves no image: 10 % of their estimates are below "
+                        f"{noise.quantile(0.1):.3f}")
+    # The noise-aware objective takes all, and those for free of noise.
+    return index if config["mode"] == "aware" else index[low], noise
 
 
 @lru_cache(maxsize=4)
@@ -499,7 +519,7 @@ def parse_args(argv=None):
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
     # A run that was killed before its first step has left its lock alone.
-    anew = given.resume and (out / ".lock").exists() and not (out / "ckpt.pt").exists()
+    anew = given.resume and (out / ".lock").exists() and not run_files(out)
     if anew:
         print(f"{out} has no checkpoint yet: starting anew", flush=True)
     resume = given.resume and not anew
@@ -521,7 +541,7 @@ def parse_args(argv=None):
             raise UserError(f"--{key} {getattr(args, key)}: the checkpoint has {stored.get(key)}")
     if args.dataset == "shapes" and args.data_dir:
         raise UserError("--data_dir: the data set shapes is drawn; say which --dataset it is")
-    if args.data_dir and args.data_dir.resolve() == out.resolve():
+    if args.data_dir and os.path.realpath(args.data_dir) == os.path.realpath(out):
         raise UserError(f"--out {out} is the folder of the data: its pictures would become data")
     if args.noise_p and not args.noise_std or (
             args.noise_std not in (0, p.get_default("noise_std")) and not args.noise_p):
@@ -551,22 +571,13 @@ def run_files(out, beyond=0):
     return [path for path in files if path.stem[-7:].isdigit() and int(path.stem[-7:]) > beyond]
 
 
-def lock_folder(out):
-    """Claim a run folder; the lock dies with the process. UserError: another one trains there."""
-    file = open(out / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process trains in {out}") from error
-    return file
-
-
 def drop_beyond(out, step):
     """Drop what a resumed run will make again: log lines, checkpoints and samples past `step`."""
     kept = []
     log = out / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # A kill may cut a line short.
+        # A kill may cut a line short.
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
@@ -583,8 +594,8 @@ def draw_curves(out):
             ("log10 of the loss", ("loss", "dsm", "reg"), np.log10),
             ("log10 of the gradient's norm", ("grad_norm",), np.log10),
             ("learning rate", ("lr",), np.asarray))):
-        curves = {name: [(row["step"], scale(row[name])) for row in rows if row.get(name)]
-                  for name in names}
+        curves = {name: [(row["step"], scale(row[name])) for row in rows
+                         if isinstance(row.get(name), float) and row[name] > 0] for name in names}
         curves = {name: points for name, points in curves.items() if points}
         if curves:
             sheet.paste(draw_chart(curves, "step", title, size=320), (i * 320, 0))
@@ -758,16 +769,8 @@ def main(argv=None):
                         f"{data['files']}): --new_data accepts it")
     images = limit_images(images, cfg.limit, cfg.seed)
     spoil = load_corruption(len(images), vars(cfg))
-    # The images that are trained on, and their noise as far as anything needs to know it.
-    chosen, needed = np.arange(len(images)), cfg.filter or cfg.mode == "aware"
-    spread = chosen if needed else chosen[::max(1, len(chosen) // 2000)]
-    noise = own_noise(images, spread, spoil)
+    chosen, noise = choose_images(images, spoil, vars(cfg))
     low, middle, high = noise.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    if cfg.filter and cfg.mode != "aware":
-        chosen = chosen[(noise < cfg.filter).numpy()]
-        if not len(chosen):
-            raise UserError(f"--filter {cfg.filter} leaves no image: 10 % of their estimates are below "
-                            f"{low:.3f}")
     # This process's places in a batch, part after part.
     places = np.concatenate([np.arange(part, cfg.batch_size, parts)
                              for part in range(rank, parts, world)])
@@ -924,17 +927,8 @@ def main(argv=None):
             good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
             raise UserError(f"the loss, its gradient or the prediction is not finite at step "
                             f"{step - len(recent) + 1 + bad}; last good checkpoint: {good}")
-        tic = time.perf_counter()
         if first and lead:
             clear()
-        if saves and lead:
-            save()
-        kept = step if saves else kept
-        if first and lead:
-            describe()
-        if draws and lead:
-            draw()
-        mark += time.perf_counter() - tic  # A picture's time is not a step's.
         if logs or first or last:
             spent = (time.perf_counter() - mark) / len(recent)
             means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
@@ -942,11 +936,21 @@ def main(argv=None):
                    "img_s": cfg.batch_size / spent, "s_step": spent,
                    "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
             say(log_line(row, cfg.steps))
+        # The log before the checkpoint: a resumed run drops the lines past its step.
         if (logs or last) and lead:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(finite(row)) + "\n")
+        tic = time.perf_counter()
+        if saves and lead:
+            save()
+        kept = step if saves else kept
+        if first and lead:
+            describe()
+        if draws and lead:
+            draw()
         if lead and (draws or last):
             draw_curves(out)
+        mark += time.perf_counter() - tic  # A picture's time is not a step's.
         if logs or len(recent) >= 1000:
             recent, waited, mark = [], 0.0, time.perf_counter()
 

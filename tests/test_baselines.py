@@ -1,5 +1,7 @@
 """The baselines that the paper lacks, and the corruptions that try them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +130,23 @@ def test_truncated_sampling_ends_with_the_denoised_estimate(sampler):
     assert spread(0.6) == pytest.approx(0.2**2 / (0.2**2 + 0.6**2) ** 0.5, rel=0.1)
     last = DIFFUSION.alpha_bar[seen[-1]].item()
     assert ((1 - last) / last) ** 0.5 < 0.6 and len(seen) < 250
+
+
+def test_quality_of_several_runs_side_by_side(run, tmp_path, in_process, capsys):
+    flags = ["--num", 10, "--steps", 2, "--features", "random", "--reference_num", 10]
+    in_process("evaluate", "quality", run, run, *flags, "--json", tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    first, second = found["rows"]
+    assert first == second and first["samples"] == str(run)
+    assert [own["num"] for own in found["provenance"]["sets"]] == [10, 10]
+    assert capsys.readouterr().out.count(str(run)) >= 2
+    in_process("evaluate", "quality", run, *flags, "--json", tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["fid"] == first["fid"]
+
+
+def test_the_alarm_looks_at_the_images_that_were_trained_on(tmp_path, in_process):
+    in_process("train", *TINY, "--steps", 2, "--mode", "adv", "--filter", 0.1, "--out", tmp_path)
+    for json_file, num in (("a.json", 4), ("b.json", 1000)):
+        in_process("evaluate", "overfit", tmp_path, "--num", num, "--json", tmp_path / json_file)
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["provenance"]["num"] == 1000 and found["rows"][0]["ratio"] > 0

@@ -196,7 +196,7 @@ def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, caps
     assert "2 of 2 images are there" in capsys.readouterr().out
     with pytest.raises(UserError, match="noise_std differ"):
         in_process("sample", run, "--denoise", photos, "--noise_std", 0.2, "--out", out)
-    with pytest.raises(UserError, match="was not made by sample.py"):
+    with pytest.raises(UserError, match="take another --out"):
         in_process("sample", run, "--denoise", out / "samples.npz", "--out", photos, "--overwrite")
     in_process("sample", run, "--denoise", photos, "--noise_std", 0.2, "--out", out, "--overwrite")
     with pytest.raises(UserError, match="noise of the images to --denoise"):
