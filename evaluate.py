@@ -29,7 +29,7 @@ from torch import nn
 
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
-from model import diffusers_folder
+from model import diffusers_file
 from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, check_writable,
                     clean_images, comma_list, crop_resize, denoise_step, draw_images, finite, haar,
                     image_noise, load_run, number, open_images, read_json, run_cli, save_grid,
@@ -130,7 +130,7 @@ def load_samples(path, args, about):
 
     A run is drawn from by that function: after whatever can be wrong has been found.
     """
-    if (path / "ckpt.pt").exists() or path.suffix == ".pt" or diffusers_folder(path):
+    if (path / "ckpt.pt").exists() or path.suffix == ".pt" or diffusers_file(path):
         run = open_run(path, args, about, args.steps)
         about["num"] = args.num or 50_000
         return run.shape, lambda: draw(run, about["num"], args, "drawing", args.sampler, args.steps,
@@ -569,15 +569,26 @@ def quality(args, about):
     Besides, of both sets: residual noise, the std of the pixels and of the images' brightness, the
     share of images that are mostly noise.
     """
-    rows, strips, several = [], {}, len(args.samples) > 1
-    about["sets"] = [dict(about) for _ in args.samples] if several else None
-    for path, own in zip(args.samples, about["sets"] or [about]):
-        own["samples"] = str(path)
+    sets, rows, strips = [], [], {}
+    for path in args.samples:  # Whatever can be wrong is found before anything is drawn.
+        own = {**about, "samples": str(path)}
         shape, load, config = load_samples(path, args, own)
-        score = quality_scorer(args, shape, own, config)
-        strips[str(path)] = images = load()
-        rows.append({**({"samples": str(path)} if several else {}), **score(images, "samples")})
-    save_sheet({name: images[:16] for name, images in strips.items()}, args.png)
+        sets.append((own, load, quality_scorer(args, shape, own, config)))
+    for own, load, score in sets:
+        images = load()
+        strips[own["samples"]] = images[:16].copy()
+        label = {"samples": own["samples"]} if len(sets) > 1 else {}
+        rows.append(label | score(images, "samples"))
+    # What is said of all sets, such as the reference; what differs is said of each.
+    first = sets[0][0]
+    about.clear()
+    about.update({key: value for key, value in first.items()
+                  if all(own.get(key) == value for own, _, _ in sets)})
+    if len(sets) > 1:
+        about["sets"] = [own for own, _, _ in sets]
+    if len({images.shape[1:] for images in strips.values()}) == 1:
+        n = min(map(len, strips.values()))
+        save_sheet({name: images[:n] for name, images in strips.items()}, args.png)
     return rows
 
 

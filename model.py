@@ -225,8 +225,8 @@ def read_checkpoint(path):
     CPU without running code in a file.  Raises ValueError: missing, truncated or foreign.
     """
     path = Path(path)
-    if diffusers_folder(path):
-        return read_diffusers(diffusers_folder(path))
+    if diffusers_file(path):
+        return read_diffusers(diffusers_file(path))
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -279,8 +279,9 @@ def diffusers_config(config):
 
 def diffusers_scheduler(T, schedule):
     """The settings of the DDPMScheduler that is `losses.Diffusion(T, schedule)`."""
-    return {"num_train_timesteps": T, "beta_schedule": BETAS[schedule],
-            "beta_start": 0.1 / T, "beta_end": 20 / T, "prediction_type": "epsilon"}
+    betas = {"beta_start": 0.1 / T, "beta_end": 20 / T} if schedule == "linear" else {}
+    return {"num_train_timesteps": T, "beta_schedule": BETAS[schedule], **betas,
+            "prediction_type": "epsilon"}
 
 
 def diffusers_keys(net, blocks):
@@ -339,11 +340,12 @@ def write_safetensors(path, tensors):
     Path(path).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(raw.values()))
 
 
-def diffusers_folder(path):
-    """The folder of the UNet2DModel at `path`: it, its unet, or a weights file's own; or None."""
-    named = path.name.startswith("diffusion_pytorch_model")
-    places = [path.parent] if named else [path, path / "unet"]
-    return next((place for place in places if any(place.glob("diffusion_pytorch_model.*"))), None)
+def diffusers_file(path):
+    """The weights of a UNet2DModel at `path`: the file, or in a folder or its unet; or None."""
+    if path.name.startswith("diffusion_pytorch_model") and path.is_file():
+        return path
+    found = [*path.glob("diffusion_pytorch_model.*"), *path.glob("unet/diffusion_pytorch_model.*")]
+    return max(found, default=None)  # .safetensors before .bin
 
 
 def parse_diffusers(theirs, scheduler):
@@ -372,15 +374,15 @@ def parse_diffusers(theirs, scheduler):
     return config
 
 
-def read_diffusers(folder):
-    """The weights in a folder of diffusers' UNet2DModel, in `read_checkpoint`'s form, at step 0.
+def read_diffusers(file):
+    """The weights of diffusers' UNet2DModel in a file, in `read_checkpoint`'s form, at step 0.
 
-    It holds config.json and diffusion_pytorch_model.safetensors or .bin; T and the schedule are
-    those of a scheduler_config.json that lies there or beside it, else DDPM's.
+    A .safetensors or .bin with config.json beside it; T and the schedule are those of a
+    scheduler_config.json that lies there or beside the folder, else DDPM's.
     Raises ValueError, naming what it is, where this is not the network that `UNet` builds.
     """
+    folder = file.parent
     try:
-        file = max(folder.glob("diffusion_pytorch_model.*"))  # .safetensors, if both are there
         scheduler = next((place / "scheduler_config.json" for place in (
             folder.parent / "scheduler", folder / "scheduler", folder)
             if (place / "scheduler_config.json").is_file()), None)

@@ -358,12 +358,15 @@ def image_noise(seed, indices, shape, device, use=IMAGE):
     """Noise for `sample`: a generator of its own for each image, seeded by (use, seed, index).
 
     Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
-    arguments -> (len(indices), *shape) on `device`.
+    arguments -> (len(indices), *shape) on `device`; given `active` (len(indices),) it draws for
+    those alone, and the others' generators stay where they are.
     """
     generators = [torch.Generator().manual_seed(seed_for(use, seed, int(k))) for k in indices]
 
-    def draw():
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    def draw(active=None):
+        drawn = [torch.randn(shape, generator=g) if active is None or active[k]
+                 else torch.zeros(shape) for k, g in enumerate(generators)]
+        return torch.stack(drawn).to(device)
 
     return draw
 
@@ -581,8 +584,7 @@ def noise_estimate(x):
     detail = haar(x).flatten(1) / 2
     if not detail.shape[1]:
         return detail.new_full((len(x),), math.nan)
-    # In parts: torch.quantile takes 16 million numbers at most.
-    return torch.cat([part.quantile(0.5, dim=1) for part in detail.split(1000)]) / MAD
+    return detail.quantile(0.5, dim=1) / MAD
 
 
 @torch.no_grad()
@@ -594,12 +596,13 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
     """
     path = step_pairs(diffusion.T, steps, "respaced")
     a = diffusion.alpha_bar[[t for t, _ in path]]
-    levels = ((1 - a) / a).sqrt().to(noisy.device)
+    levels = ((1 - a) / a).sqrt().float().to(noisy.device)
     first = (levels - std[:, None]).abs().argmin(1)
     x = diffusion.sqrt_a[[t for t, _ in path]][first].view(-1, 1, 1, 1) * noisy
     for i in range(int(first.min()), len(path)):
-        stepped = denoise_step(net, diffusion, x, *path[i], sampler, noise)
-        x = torch.where((first <= i).view(-1, 1, 1, 1), stepped, x)
+        active = first <= i  # An image's noise does not depend on the others of its batch.
+        stepped = denoise_step(net, diffusion, x, *path[i], sampler, lambda: noise(active))
+        x = torch.where(active.view(-1, 1, 1, 1), stepped, x)
     return x
 
 
@@ -695,6 +698,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.noise_std is not None and not args.denoise:
         raise UserError("--noise_std is the noise of the images to --denoise")
+    if args.denoise and (args.stop or args.spacing != "respaced"):
+        raise UserError("--stop and --spacing are for drawing; --denoise knows neither")
     return args
 
 
@@ -709,14 +714,18 @@ def claim_folder(out, picture, names, provenance, overwrite):
     there = [out / name for name in names if (out / name).exists()]
     there += [path for path in out.glob("[0-9]" * 6 + "*.png")
               if path.stem.isdigit() and path.name not in names]
+    # What was cleaned before, as far as the note may be believed.
+    there += [out / name for name in old.get("noise_std") or {} if name not in names
+              and (out / name).exists()
+              and Path(os.path.realpath(out / name)).is_relative_to(os.path.realpath(out))]
     if "sampler" not in old:
         found = [path for path in out.glob("*") if not path.name.startswith(".")]
         found += [picture] if picture.exists() else []
         if found:
             raise UserError(f"{found[0]} is of no images that sample.py has made there: remove it, "
                             "or take another --out")
-    changed = [key for key, value in provenance.items()
-               if key not in ("num", "run") and old and old.get(key) != value]
+    changed = [key for key in {**old, **provenance} if key not in ("num", "run")
+               and old and old.get(key) != provenance.get(key)]
     if len(there) > len(names):
         changed.append(f"num, {len(there)} images there,")
     if changed and not overwrite:
@@ -809,8 +818,9 @@ def main(argv=None):
               f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
               f"{device.type}", flush=True)
         lock = claim_folder(out, picture, names, provenance, args.overwrite)  # noqa: F841
-        for name, level in provenance.get("noise_std", {}).items():
-            tell(f"{name}: noise of std {level:.3f}")
+        if args.denoise and args.noise_std is None:
+            for name, level in zip(names, std.tolist()):
+                tell(f"{name}: noise of std {level:.3f}")
     if world > 1:
         start_group(device)
         dist.barrier()

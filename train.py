@@ -174,7 +174,7 @@ def find_source(dataset, data_dir=None, split="train"):
     """
     root = Path(data_dir or f"data/{dataset}")
     if data_dir:
-        with user_errors(OSError, prefix=f"--data_dir {root}: "):
+        with user_errors(OSError, prefix=f"{root}: "):
             root.stat()
         return open_source(dataset, root, split)
     if root.exists():
@@ -232,7 +232,7 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
 
     def decode(path):
         n = len(source.items)
-        others = f"; {source.others:,} other files there are none" if source.others else ""
+        others = f"; {source.others:,} other files are no images" if source.others else ""
         print(f"decoding {n:,} images of {root}{others}", flush=True)
         # Written, not memory-mapped: a full disk is an error then, and no signal.
         with (open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -258,9 +258,9 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
             return images
 
 
-def identity(source):
+def data_identity(*sources):
     """What tells data from others: their number and a hash over names and sizes, not dates."""
-    names = [(name, size) for name, (size, _) in source.files.items()] if source else []
+    names = [(name, size) for source in sources for name, (size, _) in source.files.items()]
     return {"files": len(names),
             "sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}
 
@@ -304,9 +304,8 @@ def load_corruption(n, config):
     """The `Corruption` of n images by a run's settings, a dict.  UserError: no --outlier_dir."""
     strangers = None
     if config["outlier_dir"]:
-        size, channels = config["image_size"], config["in_channels"]
-        strangers = load_images("folder", size, channels, config["outlier_dir"],
-                                config["cache_dir"])
+        strangers = load_images("folder", config["image_size"], config["in_channels"],
+                                config["outlier_dir"], config["cache_dir"])
     kinds = choose_corruption(n, config["noise_p"], config["outlier_p"], config["seed"])
     return Corruption(kinds, config["seed"], config["noise_std"], config["noise_blur"], strangers)
 
@@ -324,7 +323,7 @@ def training_images(images, index, spoil):
             noise = rng.standard_normal(x[row].shape, np.float32)
             if spoil.noise_blur:
                 noise = gaussian_filter(noise, (0, spoil.noise_blur, spoil.noise_blur), mode="wrap")
-                noise = noise / noise.std()
+                noise = noise / np.sqrt(np.mean(noise**2))
             x[row] += spoil.noise_std * torch.from_numpy(noise)
         elif spoil.strangers is not None:
             other = spoil.strangers[rng.integers(len(spoil.strangers))]
@@ -339,8 +338,13 @@ def own_noise(images, index, spoil):
 
     Blind: it sees what the model sees, and knows nothing of `spoil`.
     """
-    parts = np.array_split(index, max(1, len(index) // 1000))
-    return torch.cat([noise_estimate(training_images(images, part, spoil)) for part in parts])
+    found = []
+    with ticker("noise estimates", len(index)) as tick:
+        for first in range(0, len(index), 100):
+            part = index[first:first + 100]
+            found.append(noise_estimate(training_images(images, part, spoil)))
+            tick(first + len(part))
+    return torch.cat(found)
 
 
 def choose_images(images, spoil, config):
@@ -518,8 +522,8 @@ def parse_args(argv=None):
         raise UserError("--resume goes on with a run, --overwrite replaces it: which of them?")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
-    # A run that was killed before its first step has left its lock alone.
-    anew = given.resume and (out / ".lock").exists() and not run_files(out)
+    # A run that was killed before its first checkpoint has left a lock.
+    anew = given.resume and (out / ".lock").exists() and not [*out.glob("ckpt*.pt")]
     if anew:
         print(f"{out} has no checkpoint yet: starting anew", flush=True)
     resume = given.resume and not anew
@@ -534,15 +538,16 @@ def parse_args(argv=None):
         kept = {action.dest for action in p._actions} - set(SESSION)
     p.set_defaults(**{key: value for key, value in stored.items() if key in kept})
     args = p.parse_args(argv)
-    args.out, args.resume = out, resume
+    args.out, args.resume, args.overwrite = out, resume, args.overwrite or anew
 
     for key in FIXED:
         if saved and getattr(args, key) != stored.get(key):
             raise UserError(f"--{key} {getattr(args, key)}: the checkpoint has {stored.get(key)}")
     if args.dataset == "shapes" and args.data_dir:
         raise UserError("--data_dir: the data set shapes is drawn; say which --dataset it is")
-    if args.data_dir and os.path.realpath(args.data_dir) == os.path.realpath(out):
-        raise UserError(f"--out {out} is the folder of the data: its pictures would become data")
+    for folder in filter(None, (args.data_dir, args.outlier_dir)):
+        if os.path.realpath(folder) == os.path.realpath(out):
+            raise UserError(f"--out {out} is a folder of data: its pictures would become data")
     if args.noise_p and not args.noise_std or (
             args.noise_std not in (0, p.get_default("noise_std")) and not args.noise_p):
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
@@ -563,12 +568,9 @@ RUN_FILES = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.p
              "curves.png", f"samples_{DIGITS}.png")
 
 
-def run_files(out, beyond=0):
-    """The files in a folder that have the names of a run's; those of a step past `beyond`."""
-    files = [path for pattern in RUN_FILES for path in out.glob(pattern)]
-    if not beyond:
-        return files
-    return [path for path in files if path.stem[-7:].isdigit() and int(path.stem[-7:]) > beyond]
+def run_files(out):
+    """The files in a folder that have the names of a run's."""
+    return [path for pattern in RUN_FILES for path in out.glob(pattern)]
 
 
 def drop_beyond(out, step):
@@ -581,8 +583,9 @@ def drop_beyond(out, step):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
-    for path in run_files(out, beyond=step):
-        path.unlink()
+    for path in run_files(out):
+        if path.stem[-7:].isdigit() and int(path.stem[-7:]) > step:
+            path.unlink()
 
 
 def draw_curves(out):
@@ -755,20 +758,21 @@ def main(argv=None):
     # --- data: fetched and decoded by one process a machine while the others wait
 
     def load():
-        source = None if cfg.dataset == "shapes" else find_source(cfg.dataset, cfg.data_dir)
-        return source, load_images(cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir,
-                                   cfg.cache_dir, source=source)
+        sources = [] if cfg.dataset == "shapes" else [find_source(cfg.dataset, cfg.data_dir)]
+        images = load_images(cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir,
+                             cfg.cache_dir, source=sources[0] if sources else None)
+        images = limit_images(images, cfg.limit, cfg.seed)
+        if cfg.outlier_dir:
+            sources.append(find_source("folder", cfg.outlier_dir))
+        return images, load_corruption(len(images), vars(cfg)), data_identity(*sources)
 
     with agreed(world):
         loaded = load() if local == 0 else None
-    source, images = loaded or load()
-    data = identity(source)
+    images, spoil, data = loaded or load()
     before = resumed.get("data", data) if resumed else data
     if before != data and not args.new_data:
         raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
                         f"{data['files']}): --new_data accepts it")
-    images = limit_images(images, cfg.limit, cfg.seed)
-    spoil = load_corruption(len(images), vars(cfg))
     chosen, noise = choose_images(images, spoil, vars(cfg))
     low, middle, high = noise.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     # This process's places in a batch, part after part.
@@ -791,8 +795,9 @@ def main(argv=None):
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         diffusion = Diffusion(cfg.T, cfg.schedule, device)
         if saved:
-            load_weights(net, saved["model" if resumed else "ema"], out)
-            load_weights(ema, saved["ema"], out)
+            begun_from = out if resumed else cfg.init_from
+            load_weights(net, saved["model" if resumed else "ema"], begun_from)
+            load_weights(ema, saved["ema"], begun_from)
     weights, averages = list(net.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, cfg.lr, fused=True)
     amp = cfg.amp
@@ -842,15 +847,15 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(out)  # noqa: F841  held until the process ends
 
-    def clear():
+    def claim():
         remove_leftovers(out)
         for path in run_files(out) if args.overwrite else []:
             path.unlink()
         if args.resume:
             drop_beyond(out, start)
-
-    def describe():
         write_json(out / "config.json", vars(cfg))
+
+    def show_data():
         some = np.linspace(0, len(chosen) - 1, min(64, len(chosen))).astype(int)
         save_grid(to_uint8(training_images(images, chosen[some], spoil)), out / "data.png")
 
@@ -928,7 +933,7 @@ def main(argv=None):
             raise UserError(f"the loss, its gradient or the prediction is not finite at step "
                             f"{step - len(recent) + 1 + bad}; last good checkpoint: {good}")
         if first and lead:
-            clear()
+            claim()
         if logs or first or last:
             spent = (time.perf_counter() - mark) / len(recent)
             means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
@@ -945,7 +950,7 @@ def main(argv=None):
             save()
         kept = step if saves else kept
         if first and lead:
-            describe()
+            show_data()
         if draws and lead:
             draw()
         if lead and (draws or last):
@@ -962,9 +967,10 @@ def main(argv=None):
         say(f"stopped by {name} at step {step:,}; saved, --resume continues")
         return 128 + stop
     say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}")
-    if cfg.dataset == "shapes":
-        say(f"next: python train.py --mode {'adv' if cfg.mode == 'dsm' else 'dsm'}, and then\n"
-            "      python evaluate.py quality out/shapes-dsm out/shapes-adv --features random")
+    if str(out) in ("out/shapes-dsm", "out/shapes-adv"):
+        other = "adv" if cfg.mode == "dsm" else "dsm"
+        say(f"next: python train.py --mode {other}, and then python evaluate.py "
+            "quality out/shapes-dsm out/shapes-adv --num 1000 --features random")
     else:
         say(f"next: python sample.py {out}")
 
