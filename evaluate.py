@@ -693,8 +693,9 @@ def memorization(args, about):
 def denoising(args, about):
     """Held-out images plus Gaussian noise, denoised from the time step of nearest s / sqrt(a).
 
-    One-shot: D(x_t). Ancestral: DDPM steps from t down. psnr: dB, peak 2, the mean over images;
-    residual: `residual_noise`, std on the [-1, 1] scale.
+    One-shot: D(x_t). Ancestral: DDPM steps from t down, as sample.py --denoise takes them.
+    psnr: dB, peak 2, the mean over images; gain: over the input, their median; residual:
+    `residual_noise`, std on the [-1, 1] scale.
     """
     net, diffusion, config, shape, _ = open_run(args.run, args, about)
     images = load_reference(args.reference, shape, args, about, config, split="test")
@@ -720,7 +721,10 @@ def denoising(args, about):
         for name, image in zip(("input", "one-shot", "ancestral"), found):
             # An exact image, such as a black one, counts as 100 dB.
             error = (mean_square(image - clean) / 4).clamp(min=1e-10)
-            row |= {f"{name} psnr": -10 * error.log10().mean().item(),
+            psnr = -10 * error.log10()
+            before = psnr if name == "input" else before
+            row |= {f"{name} psnr": psnr.mean().item(),
+                    f"{name} gain": (psnr - before).median().item(),
                     f"{name} residual": float(np.median(haar(image))) / 2 / MAD}
         rows.append(row)
     return rows

@@ -94,6 +94,10 @@ COMMANDS = {
                       "similar 50%": "similarity", "> 0.95": "above .95", "> 0.99": "above .99"}),
     "steps": ("--steps 100,30,10 --sampler ddpm,ddim --spacing respaced,naive", 500,
               {"sampler": "sampler", "spacing": "spacing", "steps": "sampling steps", **FEW}),
+    "denoise": ("--noise_std 0.1,0.2", 300,
+                {"noise_std": "noise std", "input psnr": "PSNR, dB",
+                 "one-shot gain": "one-shot gain", "ancestral gain": "ancestral gain",
+                 "ancestral residual": "noise left"}),
     "attack": ("--steps 20 --norm l2 --budget 0.1", 250,
                {"attack": "attack", **FEW, "mse": "mse", "norm_max": "largest push"}),
 }
@@ -104,6 +108,7 @@ STUDIES = {
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
+    "denoise": ("denoise", ["noise.2"], ["dsm", "adv_low"], [0], 1000),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
     "headline": ("quality", ["noise.2"], ["dsm", "random", "adv", "adv_low", "adv_share",
                                           "adv_late", "adv_late_share"], [0, 1], 5000),
@@ -273,11 +278,13 @@ def run_one(column, row, seed, args):
     extra, most, _ = COMMANDS[args.command]
     dataset = COLUMNS[column][1].get("dataset", FASHION)
     flags = {"num": min(args.num, most), "seed": seed, "json": path, "device": args.device,
-             "png": path.with_suffix(".png"), **source(dataset, args)}
+             **source(dataset, args)}
     if args.command == "memorization":
         flags["holdout"] = dataset
-    else:
+    elif args.command != "denoise":
         flags["features"] = args.classifiers[dataset]
+    if args.command != "denoise":
+        flags["png"] = path.with_suffix(".png")
     call("evaluate.py", args.command, folder, *extra.split(), *as_flags(flags),
          log=f"{folder}.log")
     data = json.loads(path.read_text())

@@ -85,3 +85,34 @@ def test_memory_that_is_not_there_is_one_line(tmp_path, mistake, capsys):
         run_cli(shout)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and len(error) < 450
+
+
+def test_names_that_are_too_long_and_the_current_folder(run, tmp_path, in_process, mistake,
+                                                        monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    in_process("sample", run, "--num", 1, "--steps", 1, "--out", ".")
+    assert (tmp_path / "here/000000.png").exists() and (tmp_path / "here.png").exists()
+    for argv in (["train", *TINY, "--steps", 1, "--mode", "dsm", "--out", 300 * "x"],
+                 ["evaluate", "denoise", run, "--num", 10, "--noise_std", 0.1, "--json", 251 * "x"]):
+        assert "too long" in mistake(*argv)
+
+
+def test_without_a_compiler_the_old_run_stays(run, tmp_path, mistake, monkeypatch):
+    (tmp_path / "ckpt.pt").write_bytes((run / "ckpt.pt").read_bytes())
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    error = mistake("train", *TINY, "--compile", "--overwrite", "--out", tmp_path)
+    assert "needs a C++ compiler" in error
+    assert (tmp_path / "ckpt.pt").read_bytes() == (run / "ckpt.pt").read_bytes()
+
+
+def test_files_that_are_no_images_are_counted(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.jfif", "c.tga"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "photos" / name, format="PNG")
+    (tmp_path / "photos/notes.txt").write_text("about them")
+    assert len(load_images("folder", 4, 3, tmp_path / "photos", tmp_path)) == 3
+    assert "decoding 3 images" in (text := capsys.readouterr().out)
+    assert "1 other files are no images" in text
