@@ -123,7 +123,7 @@ def train_row(row, args, *flags, hook=lambda step: None):
     """
     settings = read_row(row, args)
     compiler = {"backend": "eager"} if args.tiny else HOW[settings.how]
-    fakes = {"find_source": lambda *_: None,
+    fakes = {"find_source": lambda *_: mock.Mock(files={}),
              "load_images": lambda _, size, channels, *__, **___: train.shapes(
                  64, size, channels, 0),
              "build_network": functools.partial(network, peer=settings.peer, device=args.device),
