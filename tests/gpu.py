@@ -556,6 +556,8 @@ def cifar10(args):
         sizes = [*(f"--{flag}" for flag in TINY.split(":")), "--log_every", 1]
     images = train.load_images("cifar10", size, 3, args.data_dir, args.runs / "cache")
     folders = {name: args.runs / f"cifar10-{name}" for name in MODES}
+    logs = [out / "log.jsonl" for out in folders.values()]
+    before = [log.stat().st_size if log.exists() else 0 for log in logs]
     children = {name: start_training(
         out, "--dataset", "cifar10", *MODES[name], "--noise_p", 0.9, "--noise_std", 0.2,
         "--dropout", 0, *sizes, "--lr", 4e-4, "--warmup", 500, "--ema", 0.999, "--sample_every", 0,
@@ -576,9 +578,12 @@ def cifar10(args):
         return quality(name, args.runs / f"{name}.npz")
 
     def training():
-        logs = [out / "log.jsonl" for out in folders.values()]
+        def grown():
+            return all(log.exists() and log.stat().st_size > size
+                       for log, size in zip(logs, before))
+
         while all(child.poll() is None for child in children.values()) and not (
-                time.monotonic() > args.deadline - args.reserve and all(map(Path.exists, logs))):
+                time.monotonic() > args.deadline - args.reserve and grown()):
             time.sleep(0.1)
         for child in children.values():
             child.terminate()

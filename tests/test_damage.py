@@ -1,4 +1,4 @@
-"""What rots, and what others wrote: found by flipping bytes at random in every file that is read."""
+"""What rots, and what others wrote: found by flipping bytes in every file that is read."""
 
 import json
 import os
@@ -25,7 +25,8 @@ def test_a_flipped_byte_among_the_weights_is_found(run, tmp_path, mistake, at):
     copy = tmp_path / "ckpt.pt"
     copy.write_bytes((run / "ckpt.pt").read_bytes())
     flip(copy, at)
-    assert "not a checkpoint of train.py: damaged" in mistake("sample", copy, "--out", tmp_path / "s")
+    error = mistake("sample", copy, "--out", tmp_path / "samples")
+    assert "not a checkpoint of train.py: damaged" in error
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "3", '{"sampler"', "[" * 100_000, '{"a": NaN}'])
@@ -94,7 +95,7 @@ def test_names_that_are_too_long_and_the_current_folder(run, tmp_path, in_proces
     in_process("sample", run, "--num", 1, "--steps", 1, "--out", ".")
     assert (tmp_path / "here/000000.png").exists() and (tmp_path / "here.png").exists()
     for argv in (["train", *TINY, "--steps", 1, "--mode", "dsm", "--out", 300 * "x"],
-                 ["evaluate", "denoise", run, "--num", 10, "--noise_std", 0.1, "--json", 251 * "x"]):
+                 ["evaluate", "overfit", run, "--num", 2, "--json", 251 * "x"]):
         assert "too long" in mistake(*argv)
 
 
