@@ -30,11 +30,11 @@ from torch import nn
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
 from model import diffusers_file
-from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, check_writable,
-                    clean_images, comma_list, crop_resize, denoise_step, draw_images, finite, haar,
-                    image_noise, load_run, number, open_images, read_json, run_cli, save_grid,
-                    save_npz, seed_for, setup_device, step_pairs, ticker, user_errors,
-                    write_atomically, write_json)
+from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, add_sampling_flags,
+                    check_writable, clean_images, comma_list, crop_resize, denoise_step,
+                    draw_images, finite, haar, image_noise, load_run, number, open_images,
+                    read_json, run_cli, save_grid, save_npz, seed_for, setup_device, step_pairs,
+                    ticker, user_errors, write_atomically, write_json)
 from train import (PRESETS, choose_images, complete_config, find_source, limit_images,
                    load_corruption, load_images, training_images)
 
@@ -68,8 +68,8 @@ def read_as_is(path):
     """
     source = open_images(path)
     for i, item in enumerate(source.items):
-        name = item if isinstance(item, (str, Path)) else f"{path}, image {i}"
-        with user_errors(Exception, prefix=f"{name}: "):  # A damaged file may raise anything.
+        # A damaged file may raise anything.
+        with user_errors(Exception, prefix=f"{path}, {source.name(i)}: "):
             image = source.read(item)
             shape = shape_of(image)
             if i == 0:
@@ -134,7 +134,7 @@ def load_samples(path, args, about):
         run = open_run(path, args, about, args.steps)
         about["num"] = args.num or 50_000
         return run.shape, lambda: draw(run, about["num"], args, "drawing", args.sampler, args.steps,
-                                       args.spacing, stop=args.stop), run.config
+                                       args.spacing), run.config
     images = first_images(read_as_is(path), args.num, "samples")
     # The flags did not draw these; sample.py may have, and left a note.
     about.update(dict.fromkeys(["sampler", "steps", "spacing", "stop", "seed", "raw"]))
@@ -423,7 +423,6 @@ def measure_set(images, features, args, about, title, keep=False):
                       "radii": (len(images),)}
             if {name: tuple(value.shape) for name, value in found.items()} == shapes:
                 return found
-    if keep:
         check_writable(path)
     rows, *logits = extract(images, features, args, title)
     near, _ = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)
@@ -473,10 +472,10 @@ def quality_scorer(args, shape, about, config=None):
 # ---------- Sampling, attacked or not
 
 
-def draw(run, num, args, title, sampler, steps, spacing, hook=None, stop=0.0):
+def draw(run, num, args, title, sampler, steps, spacing, hook=None):
     """`num` images of a run as sample.py draws them: uint8 (num, C, H, W); see `draw_images`."""
     batches = draw_images(run.net, run.diffusion, run.shape, range(num), args.seed, sampler, steps,
-                          spacing, args.batch_size, args.device, title, hook, stop=stop)
+                          spacing, args.batch_size, args.device, title, hook, stop=args.stop)
     return np.concatenate([images for _, images in batches])
 
 
@@ -845,14 +844,6 @@ def parse_args(argv=None):
               "ddpm; 0: D now, which overlooks the clipping")
     flag("--surrogate", type=a_path, help="second run, to attack through as well (transfer)")
 
-    flag = adder("quality", "memorization", "attack")
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
-    flag("--steps", type=whole, default=100, help="network calls an image")
-    flag("--spacing", choices=["respaced", "naive"], default="respaced",
-         help="naive: one-step updates at strided time steps, which leave noise")
-    flag = adder("quality", "memorization")
-    flag("--stop", type=number(float, 0), default=0.0,
-         help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this")
     flag = adder("steps")
     flag("--sampler", type=comma_list(str, "ddpm", "ddim"), default=["ddpm", "ddim"],
          help="of ddpm, ddim")
@@ -860,12 +851,14 @@ def parse_args(argv=None):
          help="network calls an image")
     flag("--spacing", type=comma_list(str, "respaced", "naive"), default=["respaced"],
          help="of respaced, naive")
-
-    flag = adder("quality", "memorization", "attack", "steps", "denoise")
-    flag("--reference", help="a data set of train.py, a folder, zip or npz; else the run's own")
+    add_sampling_flags(adder("quality", "memorization", "attack"))
+    flag = adder("steps", "denoise")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
     flag("--raw", action="store_true", help="raw weights instead of the EMA")
-    flag("--batch_size", type=whole, default=50, help="images at a time; it changes no figure")
+    flag("--batch_size", type=whole, default=64, help="images at a time; it changes no figure")
+    parsers["steps"].set_defaults(stop=0.0)
+    flag = adder("quality", "memorization", "attack", "steps", "denoise")
+    flag("--reference", help="a data set of train.py, a folder, zip or npz; else the run's own")
     flag = adder(*COMMANDS)
     flag("--data_dir", type=a_path, help="folder, zip or npz of the data set; else the run's")
     flag("--cache_dir", type=a_path, help=f"for statistics and decoded images; else {CACHE}")

@@ -12,7 +12,6 @@ started again, draws the missing images only.
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
@@ -44,13 +43,6 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2, no traceback."""
 
 
-# What a machine may refuse at any time: a full disk, one that may not be written to, a long name, a
-# folder that somebody has moved.
-MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
-                  errno.ENAMETOOLONG, errno.EACCES, errno.EPIPE, errno.ENOENT, errno.EISDIR,
-                  errno.ENOTDIR, errno.ELOOP)
-
-
 def run_cli(main):
     """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):  # A file's name may be what it cannot encode.
@@ -59,10 +51,8 @@ def run_cli(main):
         sys.exit(main())
     except UserError as error:
         message = error
-    except OSError as error:
-        if error.errno not in MACHINE_FAULTS:
-            raise
-        message = f"{error.filename or 'writing'}: {error.strerror}"
+    except OSError as error:  # A full disk, no permission, a long name, a folder that has moved.
+        message = f"{error.filename or 'writing'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
                 "can't allocate memory" not in str(error)):
@@ -383,6 +373,10 @@ class Source(NamedTuple):
     others: int = 0  # files beside them that are no images
     split: str | None = None  # None where the source is one bare set of images
 
+    def name(self, i):
+        """What an error calls the i-th image."""
+        return self.items[i] if isinstance(self.items[i], (str, Path)) else f"image {i}"
+
 
 def is_image(name):
     """By its suffix; hidden files, the Macintosh's shadow files and Pillow's stubs are not."""
@@ -672,26 +666,31 @@ def load_run(path, device="cpu", raw=False):
 # ---------- The command
 
 
-def parse_args(argv=None):
-    """The command line; UserError where it is wrong."""
-    p = Parser(description=__doc__)
-    flag = p.add_argument
-    flag("run", type=a_path, help="run folder or checkpoint of train.py, or a diffusers folder")
-    flag("--num", type=number(int, 1), default=64, help="how many images")
+def add_sampling_flags(flag):
+    """The flags of whatever draws images, by an `add_argument`."""
     flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
     flag("--steps", type=number(int, 1), default=100, help="network calls an image")
     flag("--spacing", choices=["respaced", "naive"], default="respaced",
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this")
+    flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
+    flag("--raw", action="store_true", help="raw weights instead of the EMA")
+    flag("--batch_size", type=number(int, 1), default=64,
+         help="images at a time in a process; it does not change them")
+
+
+def parse_args(argv=None):
+    """The command line; UserError where it is wrong."""
+    p = Parser(description=__doc__)
+    flag = p.add_argument
+    flag("run", type=a_path, help="run folder or checkpoint of train.py, or a diffusers folder")
+    flag("--num", type=number(int, 1), default=64, help="how many images")
+    add_sampling_flags(flag)
     flag("--denoise", type=a_path, help="instead clean these images: a folder, zip or npz")
     flag("--noise_std", type=number(float, 0),
          help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
     flag("--export", type=a_path, help="instead write a folder that diffusers opens")
-    flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
-    flag("--batch_size", type=number(int, 1), default=64,
-         help="images at a time in a process; it does not change them")
-    flag("--raw", action="store_true", help="raw weights instead of the EMA")
     flag("--out", type=a_path, help="output folder; else RUN/samples, or RUN/denoised")
     flag("--overwrite", action="store_true", help="replace images of other settings")
     flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
@@ -725,7 +724,7 @@ def claim_folder(out, picture, names, provenance, overwrite):
             raise UserError(f"{found[0]} is of no images that sample.py has made there: remove it, "
                             "or take another --out")
     changed = [key for key in {**old, **provenance} if key not in ("num", "run")
-               and old and old.get(key) != provenance.get(key)]
+               and old.get(key) != provenance.get(key)] if old else []
     if len(there) > len(names):
         changed.append(f"num, {len(there)} images there,")
     if changed and not overwrite:
@@ -761,12 +760,12 @@ def read_noisy(root, shape):
     """Images to clean: (names of the PNGs to write, uint8 (N, C, H, W), cropped and resized)."""
     source, names, images = open_images(root), [], []
     for k, item in enumerate(source.items):
-        named = isinstance(item, (str, Path))
-        name = (Path(item).relative_to(root) if root.is_dir() else Path(item)) if named else None
-        if named and name.is_absolute():  # Nothing is written outside of --out.
+        name = Path(item if isinstance(item, (str, Path)) else f"{k:06d}")
+        name = name.relative_to(root) if root.is_dir() else name
+        if name.is_absolute():  # Nothing is written outside of --out.
             raise UserError(f"{root}: {item} is no name of a file in it")
-        names.append(str(name.with_suffix(".png")) if named else f"{k:06d}.png")
-        with user_errors(Exception, prefix=f"{item if named else names[-1]} is not readable: "):
+        names.append(str(name.with_suffix(".png")))
+        with user_errors(Exception, prefix=f"{root}: {source.name(k)} is not readable: "):
             images.append(crop_resize(source.read(item), shape[-1], shape[0]))
     if len(set(names)) < len(names):
         raise UserError(f"{root}: two of its images have one name but for the suffix")

@@ -5,8 +5,7 @@
     torchrun --nproc_per_node=8 train.py --dataset celeba --mode adv
     python train.py --dataset cifar10 --mode adv --resume
     python train.py --dataset cifar10 --mode adv --init_from out/cifar10-dsm --steps 50000
-
-    python train.py --dataset cifar10 --mode adv --init_from ddpm-cifar10-32   a published model
+    python train.py --dataset cifar10 --mode adv --init_from ddpm-cifar10-32   (published weights)
 
 Writes out/<dataset>-<mode>/: ckpt.pt, log.jsonl, config.json, data.png, curves.png and
 samples_<step>.png.
@@ -223,10 +222,8 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
     cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{key}.npy"
 
     def decode_one(i):
-        item = source.items[i]
-        name = item if isinstance(item, (str, Path)) else f"image {i} of {root}"
-        with user_errors(Exception, prefix=f"{name} is not a readable image: "):
-            image = source.read(item)
+        with user_errors(Exception, prefix=f"{source.name(i)} of {root} is not readable: "):
+            image = source.read(source.items[i])
             aligned = dataset == "celeba" and image.size == (178, 218)
             return crop_resize(image, image_size, in_channels, CELEBA_FACE if aligned else None)
 
@@ -348,13 +345,10 @@ def own_noise(images, index, spoil):
 
 
 def choose_images(images, spoil, config):
-    """The indices of a set that a run trains on, by its --filter, and each image's own estimate.
-
-    Without need for every estimate some 2000 are made: (indices, estimates of some).
-    """
+    """The indices that a run trains on, and with --filter each image's own estimate, else None."""
     index, limit = np.arange(len(images)), config["filter"]
     if not limit:
-        return index, own_noise(images, index[::max(1, len(index) // 2000)], spoil)
+        return index, None
     noise = own_noise(images, index, spoil)
     low = (noise < limit).numpy()
     if not low.any():
@@ -774,7 +768,6 @@ def main(argv=None):
         raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
                         f"{data['files']}): --new_data accepts it")
     chosen, noise = choose_images(images, spoil, vars(cfg))
-    low, middle, high = noise.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     # This process's places in a batch, part after part.
     places = np.concatenate([np.arange(part, cfg.batch_size, parts)
                              for part in range(rank, parts, world)])
@@ -832,6 +825,10 @@ def main(argv=None):
     say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
         f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
         f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
+    seen = noise
+    if seen is None:  # About 2000 of them say as much.
+        seen = own_noise(images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
+    low, middle, high = seen.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     say(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)"
         + (f"; --filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean"
            if cfg.filter else ""))
