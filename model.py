@@ -225,8 +225,9 @@ def read_checkpoint(path):
     CPU without running code in a file.  Raises ValueError: missing, truncated or foreign.
     """
     path = Path(path)
-    if diffusers_file(path):
-        return read_diffusers(diffusers_file(path))
+    theirs = diffusers_file(path)
+    if theirs:
+        return read_diffusers(theirs)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")

@@ -967,7 +967,7 @@ def main(argv=None):
     if str(out) in ("out/shapes-dsm", "out/shapes-adv"):
         other = "adv" if cfg.mode == "dsm" else "dsm"
         say(f"next: python train.py --mode {other}, and then python evaluate.py "
-            "quality out/shapes-dsm out/shapes-adv --num 1000 --features random")
+            "quality out/shapes-dsm out/shapes-adv --num 1000 --features pixels")
     else:
         say(f"next: python sample.py {out}")
 
