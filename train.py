@@ -45,10 +45,10 @@ from torch.nn.parallel import DistributedDataParallel
 from losses import MODES, READINGS, Diffusion, Objective, Perturbation, predict_eps, stratified_t
 from model import UNET_KEYS, build_network, load_weights, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
-                    a_path, crop_resize, draw_chart, draw_images, duration, find_files, finite,
-                    is_run, lock_folder, noise_estimate, number, open_images, remove_leftovers,
-                    run_cli, save_grid, seed_for, setup_device, size_and_date, start_group, tell,
-                    ticker, to_uint8, user_errors, write_atomically, write_json)
+                    a_path, comma_list, crop_resize, draw_chart, draw_images, duration, find_files,
+                    finite, is_run, lock_folder, noise_estimate, number, open_images,
+                    remove_leftovers, run_cli, save_grid, seed_for, setup_device, size_and_date,
+                    start_group, tell, ticker, to_uint8, user_errors, write_atomically, write_json)
 
 # ---------- Data: every set becomes one uint8 array (N, C, H, W)
 
@@ -397,13 +397,7 @@ SESSION = ("out", "resume", "overwrite", "new_data", "device")
 
 def widths(text):
     """An argparse type: "1,2,2" -> (1, 2, 2); "0" -> (), none."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = (-1,)
-    if values != (0,) and min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
-    return () if values == (0,) else values
+    return () if text == "0" else tuple(comma_list(number(int, 1))(text))
 
 
 def make_parser(dataset="shapes"):
