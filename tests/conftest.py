@@ -6,7 +6,6 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,12 +30,6 @@ class Bomb:
 
     def __reduce__(self):
         return os.system, ("touch exploded",)
-
-
-def start(*command):
-    """Start Python as a user does, from the repository's root, its stdout and stderr in pipes."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def call(module, argv):

@@ -165,21 +165,6 @@ def test_cells(value, text):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("command, argv", [
-    ("quality", ["--steps", 2]), ("steps", ["--steps", 2, "--sampler", "ddim"]),
-    ("attack", ["--steps", 2, "--attack_steps", 1]), ("memorization", ["--steps", 2])])
-def test_what_is_printed_is_in_the_json(command, argv, run, in_process, tmp_path):
-    torch.jit.script(evidence.Classifier(3)).save(tmp_path / "features.pt")
-    in_process("evaluate", command, run, "--num", 10, *argv, "--features", tmp_path / "features.pt",
-               "--reference_num", 40, "--png", tmp_path / "a.png", "--cache_dir", tmp_path,
-               "--json", tmp_path / "a.json")
-    data = json.loads((tmp_path / "a.json").read_text())
-    for row in data.get("rows", [data]):
-        assert evidence.COMMANDS[command][2].keys() <= row.keys()
-    assert {"num", "seed", "features", "weights_sha256"} <= data["provenance"].keys()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_the_classifier_tells_the_classes_apart(fashion, tmp_path, capsys):
     args = evidence.parse_args(["--data_dir", str(fashion), "--out", str(tmp_path)])
     net = torch.jit.load(evidence.classifier("fashion_mnist", args))

@@ -1,13 +1,20 @@
-"""The network's published sizes and its shape rules; loading a checkpoint, and refusing others."""
+"""The network's published sizes and its shape rules; checkpoints, ours and diffusers', in and out.
+
+Files that are damaged or foreign are refused.
+"""
+
+import json
+import shutil
 
 import pytest
 import torch
 
 import train
 from conftest import Bomb
-from model import UNet, build_network, read_checkpoint, timestep_embedding
+from losses import Diffusion
+from model import (UNet, build_network, read_checkpoint, read_safetensors, timestep_embedding,
+                   write_diffusers)
 from sample import UserError, load_run
-
 
 CIFAR10 = dict(image_size=32, in_channels=3, channels=128, mult=(1, 2, 2, 2), blocks=2,
                attention=(16,), dropout=0.1)
@@ -93,19 +100,144 @@ def test_a_run_is_rebuilt_from_its_checkpoint_alone(run):
 def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = (run / "ckpt.pt").read_bytes()
-    good = torch.load(run / "ckpt.pt", weights_only=True)
-    (tmp_path / "half.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "text.pt").write_text("hello")
-    torch.save(Bomb(), tmp_path / "bomb.pt")
-    torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({**good, "config": {**good["config"], "channels": 16}}, tmp_path / "misfit.pt")
-    torch.save({**good, "config": {}}, tmp_path / "bare.pt")
-    for name in ("half", "empty", "text", "bomb", "other", "list", "misfit", "bare", "missing"):
+    good, half = torch.load(run / "ckpt.pt", weights_only=True), len(whole) // 2
+    for name, data in {"half": whole[:half], "empty": b"", "text": b"hello",
+                       "flipped": whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1:]
+                       }.items():
+        (tmp_path / f"{name}.pt").write_bytes(data)
+    for name, data in {"bomb": Bomb(), "other": {"state_dict": {}}, "list": [1, 2],
+                       "misfit": {**good, "config": {**good["config"], "channels": 16}},
+                       "bare": {**good, "config": {}}}.items():
+        torch.save(data, tmp_path / f"{name}.pt")
+    names = [path.stem for path in tmp_path.glob("*.pt")]
+    for name in (*names, "missing"):
         with pytest.raises(UserError, match=f"{name}.pt") as error:
             load_run(tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
-    assert not (tmp_path / "exploded").exists()
+    assert len(names) == 9 and not (tmp_path / "exploded").exists()
     with pytest.raises(ValueError, match="no checkpoint"):
         read_checkpoint(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# diffusers
+
+CONFIG = {"image_size": 16, "in_channels": 3, "channels": 8, "mult": (1, 2), "blocks": 1,
+          "attention": (8,), "dropout": 0.1, "T": 1000, "schedule": "linear"}
+RES = ["norm1", "conv1", "time_emb_proj", "norm2", "conv2"]
+LAYERS = [  # of that network, written by hand
+    "time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_norm_out", "conv_out",
+    *[f"down_blocks.0.resnets.0.{name}" for name in RES], "down_blocks.0.downsamplers.0.conv",
+    *[f"down_blocks.1.resnets.0.{name}" for name in [*RES, "conv_shortcut"]],
+    *[f"{block}.attentions.{k}.{name}" for block, k in (
+        ("down_blocks.1", 0), ("mid_block", 0), ("up_blocks.0", 0), ("up_blocks.0", 1))
+      for name in ("group_norm", "to_q", "to_k", "to_v", "to_out.0")],
+    *[f"mid_block.resnets.{k}.{name}" for k in (0, 1) for name in RES],
+    *[f"up_blocks.{level}.resnets.{k}.{name}" for level in (0, 1) for k in (0, 1)
+      for name in [*RES, "conv_shortcut"]],
+    "up_blocks.0.upsamplers.0.conv"]
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A network with random weights as a folder of diffusers, and the network's state."""
+    torch.manual_seed(0)
+    net = build_network(CONFIG)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    path = tmp_path_factory.mktemp("diffusers") / "model"
+    write_diffusers(net, CONFIG, path)
+    return path, net.state_dict()
+
+
+@pytest.fixture
+def copied(theirs, tmp_path):
+    """A copy of that folder, to write to."""
+    return shutil.copytree(theirs[0], tmp_path / "copy")
+
+
+def equal(state, other):
+    return all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+def test_the_keys_are_those_of_diffusers_and_the_round_trip_is_exact(theirs):
+    path, state = theirs
+    tensors = read_safetensors(path / WEIGHTS)
+    assert sorted(tensors) == sorted(f"{name}.{kind}" for name in LAYERS
+                                     for kind in ("weight", "bias"))
+    assert tensors["mid_block.attentions.0.to_k.weight"].shape == (16, 16)
+    for place in (path, path / "unet", path / WEIGHTS):
+        again = read_checkpoint(place)
+        assert equal(state, again["ema"]) and again["step"] == 0
+        assert {key: again["config"][key] for key in CONFIG} == CONFIG
+
+
+def test_bin_files_half_precision_and_the_names_of_2022(theirs, copied):
+    tensors = read_safetensors(copied / WEIGHTS)
+    (copied / WEIGHTS).unlink()
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                     ("to_out.0", "proj_attn")):
+        tensors = {name.replace(new, old): value.half() for name, value in tensors.items()}
+    torch.save(tensors, copied / "unet/diffusion_pytorch_model.bin")
+    found = read_checkpoint(copied)["ema"]
+    assert equal({key: value.half().float() for key, value in theirs[1].items()}, found)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name, changes, words", [
+    (UNET, {"freq_shift": 0}, "freq_shift is 0"),
+    (UNET, {"attention_head_dim": 8}, "attention_head_dim is 8"),
+    (UNET, {"down_block_types": ["DownBlock2D", "ResnetDownsampleBlock2D"]}, "down_block_types"),
+    (UNET, {"layers_per_block": 2}, "is missing"),
+    (UNET, {"block_out_channels": "many"}, "no UNet2DModel that fits"),
+    (SCHEDULER, {"prediction_type": "v_prediction"}, "v_prediction"),
+    (SCHEDULER, {"num_train_timesteps": 10**12, "beta_start": 0.1 / 10**12,
+                 "beta_end": 20 / 10**12}, "steps"),
+])
+def test_what_our_network_cannot_express_is_named(copied, name, changes, words):
+    (copied / name).write_text(json.dumps(json.loads((copied / name).read_text()) | changes))
+    with pytest.raises((ValueError, UserError), match=words):
+        load_run(copied)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:100], lambda data: b"\xff" * 8 + data[8:],
+    lambda data: data.replace(b'"data_offsets": [0', b'"data_offsets": [-9', 1)])
+def test_a_damaged_or_hostile_safetensors_is_one_line(copied, damage):
+    (copied / WEIGHTS).write_bytes(damage((copied / WEIGHTS).read_bytes()))
+    with pytest.raises(ValueError, match="no UNet2DModel that fits"):
+        read_checkpoint(copied)
+
+
+def test_a_published_model_is_fine_tuned_drawn_from_and_exported(theirs, tmp_path, in_process,
+                                                                 mistake):
+    path, state = theirs
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    in_process("train", "--init_from", path, "--batch_size", 4, "--steps", 2, "--lr", 0,
+               "--sample_every", 0, "--ema", 0.5, "--out", run)
+    export = ["sample", run, "--export", copy]
+    in_process(*export)
+    assert equal(state, read_checkpoint(copy)["ema"])
+    assert "exists" in mistake(*export)
+    for model, out in ((path, "a"), (copy, "b")):
+        in_process("sample", model, "--num", 2, "--steps", 2, "--out", tmp_path / out)
+    assert (tmp_path / "a/000001.png").read_bytes() == (tmp_path / "b/000001.png").read_bytes()
+    assert "--reference is needed" in mistake("evaluate", "quality", path, "--num", 10)
+
+
+def test_the_real_diffusers_opens_it_and_agrees(theirs, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    path, state = theirs
+    unet, net = diffusers.UNet2DModel.from_pretrained(path, subfolder="unet").eval(), load_run(path)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        assert (unet(x, t).sample - net.net(x, t)).abs().max() < 1e-4
+    pipeline = diffusers.DDPMPipeline.from_pretrained(path)
+    assert torch.allclose(pipeline.scheduler.alphas_cumprod.double(), Diffusion().alpha_bar,
+                          atol=1e-6)
+    assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (
+        1, 16, 16, 3)
+    pipeline.save_pretrained(tmp_path / "theirs")
+    assert equal(state, read_checkpoint(tmp_path / "theirs")["ema"])

@@ -1,6 +1,8 @@
-"""Samplers against the ideal denoiser of a Gaussian; images that depend on their seed alone."""
+"""Samplers against ideal denoisers; images that depend on their seed alone; cleaning a folder."""
 
 import json
+import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from PIL import Image
 
 from conftest import finish, fork
 from losses import Diffusion
-from sample import (UserError, denoise_step, draw_images, image_noise, sample, save_grid, seed_for,
-                    timesteps, to_uint8)
+from sample import (UserError, clean_images, denoise_step, draw_images, image_noise,
+                    noise_estimate, read_json, run_cli, sample, save_grid, seed_for, timesteps,
+                    to_uint8)
+from train import load_images
 
 MEAN, VAR = 0.3, 0.25
 
@@ -89,13 +93,11 @@ def test_ddim_step_is_the_exact_ode_step_of_constant_eps():
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_clipping_comes_before_the_step(sampler):
     """A wild prediction moves the state towards the clipped image, not towards its own."""
-    d = Diffusion()
     x = torch.zeros(3, 1, 4, 4)
     for value in (-1e4, 1e4):
-        end = denoise_step(lambda x, t: torch.full_like(x, value), d, x, 50, -1, sampler, None)
+        end, middle = (denoise_step(lambda x, t: x + value, Diffusion(), x, 50, prev, sampler,
+                                    lambda: x) for prev in (-1, 40))
         assert torch.equal(end, torch.full_like(x, -np.sign(value)))
-        middle = denoise_step(lambda x, t: torch.full_like(x, value), d, x, 50, 40, sampler,
-                              lambda: torch.zeros_like(x))
         assert middle.abs().max() < 1
 
 
@@ -116,6 +118,53 @@ def test_timesteps_and_hook():
     plain = sample(ideal(d), d, lambda: torch.zeros(1, 1), steps=5, clip=False)
     moved = sample(ideal(d), d, lambda: torch.zeros(1, 1), steps=5, clip=False, perturb=perturb)
     assert seen == timesteps(1000, 5) and moved > plain + 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_truncated_sampling_ends_with_the_denoised_estimate(sampler):
+    """A model of data that are one image plus noise of std .2 draws that noise, unless stopped."""
+    diffusion, image, seen = Diffusion(), torch.linspace(-0.5, 0.5, 64), []
+
+    def net(x, t):
+        seen.append(t[0].item())
+        sqrt_a, s = diffusion.at(t, x)
+        return s * (x - sqrt_a * image) / (sqrt_a.square() * 0.2**2 + s.square())
+
+    def spread(stop):
+        seen.clear()
+        noise = image_noise(0, range(50), (64,), "cpu")
+        return (sample(net, diffusion, noise, sampler, 250, clip=False, stop=stop) - image).std()
+
+    assert spread(0) == pytest.approx(0.2, rel=0.1) and seen[-1] == 0
+    # At s / sqrt(a) = S the estimate keeps .2 / sqrt(.2^2 + S^2) of it.
+    assert spread(0.6) == pytest.approx(0.2**2 / (0.2**2 + 0.6**2) ** 0.5, rel=0.1)
+    last = diffusion.alpha_bar[seen[-1]].item()
+    assert ((1 - last) / last) ** 0.5 < 0.6 and len(seen) < 250
+
+
+def test_an_ideal_denoiser_cleans_each_image_from_its_own_noise_on():
+    """Data that are one constant image: D(x) is that image, whatever the noise."""
+    diffusion, clean, started = Diffusion(), torch.full((1, 1, 8, 8), 0.3), []
+
+    def net(x, t):
+        started.append(t)
+        return diffusion.eps_from_x0(x, t, clean.expand_as(x))
+
+    std = torch.tensor([0.1, 0.2, 0.8])
+    noisy = clean + std.view(-1, 1, 1, 1) * torch.randn(3, 1, 8, 8)
+    for sampler in ("ddim", "ddpm"):
+        out = clean_images(net, diffusion, noisy, std, image_noise(0, range(3), (1, 8, 8), "cpu"),
+                           sampler, 1000)
+        assert (out - clean).abs().max() < 1e-3
+    level = diffusion.s[started[0][0]] / diffusion.sqrt_a[started[0][0]]
+    assert abs(level - 0.8) < 0.01 and started[-1][0] == 0
+
+
+def test_the_noise_estimate_is_unbiased_on_noise_and_zero_on_flat_images():
+    x = 0.3 * torch.randn(4, 3, 64, 65)
+    assert (noise_estimate(x) / 0.3 - 1).abs().max() < 0.05
+    assert noise_estimate(torch.ones(2, 1, 9, 9)).tolist() == [0, 0]
+    assert math.isnan(noise_estimate(torch.ones(1, 1, 1, 1))[0])
 
 
 def test_noise_is_a_function_of_seed_and_index():
@@ -142,11 +191,13 @@ def images(folder):
     return np.load(folder / "samples.npz")["arr_0"]
 
 
-def test_images_do_not_depend_on_batch_or_world_size(run, tmp_path, in_process):
+def test_images_do_not_depend_on_batch_or_world_size(run, tmp_path, in_process, monkeypatch):
     common = [run, "--sampler", "ddpm", "--steps", "3", "--num", "7", "--out"]
-    for name, more in (("a", []), ("b", ["--batch_size", 2]), ("d", ["--seed", 1]),
-                       ("e", ["--raw"])):
+    for name, more in (("a", []), ("b", ["--batch_size", 2]), ("d", ["--seed", 1])):
         in_process("sample", *common, tmp_path / name, *more)
+    (tmp_path / "e").mkdir()
+    monkeypatch.chdir(tmp_path / "e")
+    in_process("sample", *common, ".", "--raw")
     assert finish(fork(tmp_path / "log", "sample", *common, tmp_path / "c", ranks=2)) == [0, 0]
     a, b, c, d, e = (images(tmp_path / name) for name in "abcde")
     assert a.shape == (7, 16, 16, 3) and a.dtype == np.uint8 and len(np.unique(a)) > 50
@@ -157,7 +208,7 @@ def test_images_do_not_depend_on_batch_or_world_size(run, tmp_path, in_process):
     note = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert [note[key] for key in ("weights", "sampler", "steps", "num", "step")] == [
         "EMA", "ddpm", 3, 7, 3]
-    assert (tmp_path / "a.png").exists()
+    assert (tmp_path / "a.png").exists() and (tmp_path / "e.png").exists()
 
 
 def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys, mistake):
@@ -194,17 +245,72 @@ def test_files_of_others_are_not_replaced(theirs, run, tmp_path, mistake):
     assert "take another --out" in error and (tmp_path / theirs).read_bytes() == b"mine"
 
 
+def test_nothing_is_written_or_removed_outside_of_the_folder(run, tmp_path, in_process, mistake):
+    draw = ["sample", run, "--num", 2, "--steps", 2, "--out", tmp_path / "s"]
+    victim, slipped, note = (tmp_path / name for name in ("victim.png", "slip.png",
+                                                          "s/samples.json"))
+    Image.new("RGB", (16, 16)).save(victim)
+    with zipfile.ZipFile(tmp_path / "slip.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(str(slipped)), victim.read_bytes())
+    assert "is no name of a file in it" in mistake(*draw, "--denoise", tmp_path / "slip.zip")
+    in_process(*draw)
+    forged = {"noise_std": {"../victim.png": 0.1}, "seed": 7}
+    note.write_text(json.dumps(read_json(note) | forged))
+    in_process(*draw, "--overwrite")
+    assert victim.exists() and not slipped.exists()
+
+
+def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mistake, capsys):
+    photos, out, rng = tmp_path / "photos", tmp_path / "out", np.random.default_rng(0)
+    (photos / "sub").mkdir(parents=True)
+    for name, std in (("a.jpg", 0), ("sub/b.png", 40)):
+        pixels = (128 + std * rng.standard_normal((20, 20, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(photos / name)
+    clean = ["sample", run, "--out", out, "--denoise", photos]
+    in_process(*clean)
+    text = capsys.readouterr().out
+    assert "a.png: noise of std 0.000" in text and "sub/b.png: noise of std 0.2" in text
+    assert Image.open(out / "sub/b.png").size == (16, 16)
+    # An image without noise stays as it is, to the one step of the lowest level.
+    before, after = (np.asarray(Image.open(file)).astype(int)[:16, :16]
+                     for file in (photos / "a.jpg", out / "a.png"))
+    assert abs(before - after).mean() < 4
+    assert load_images("folder", 16, 3, out / "samples.npz", tmp_path).shape == (2, 3, 16, 16)
+    # The command again does nothing; another noise is refused; the photos are never written to.
+    in_process(*clean)
+    assert "2 of 2 images are there" in capsys.readouterr().out
+    assert "noise_std differ" in mistake(*clean, "--noise_std", 0.2)
+    assert "take another --out" in mistake(*clean, "--out", photos, "--overwrite")
+    in_process(*clean, "--noise_std", 0.2, "--overwrite")
+
+
 @pytest.mark.parametrize("line, words", [
     ("nowhere", "no checkpoint at nowhere"),
     ("RUN --steps 1001", "T = 1000"),
     ("RUN --num 0", "--num"),
     ("RUN --sampler euler", "invalid choice"),
-    ("RUN --device tpu9", "device tpu9"),
+    ("RUN --noise_std 0.2", "noise of the images to --denoise"),
     ("RUN --out ", "the path is empty"),
     ("RUN --out LICENSE", "LICENSE"),
 ])
 def test_a_mistake_ends_in_one_line(line, words, run, mistake):
     assert words in mistake("sample", *line.replace("RUN", str(run)).split(" "))
+
+
+def test_a_long_message_of_two_lines_is_one_short_line(capsys):
+    def shout():
+        raise UserError("a name\nof two lines " + 1000 * "x")
+
+    with pytest.raises(SystemExit):
+        run_cli(shout)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and len(error) < 450
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"sampler"', "[" * 100_000])
+def test_json_that_is_no_dict_reads_as_nothing(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    assert read_json(tmp_path / "a.json") == {}
 
 
 def test_what_is_not_finite_is_no_picture():
