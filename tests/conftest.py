@@ -32,13 +32,6 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def call(module, argv):
-    """A script's main(), on the CPU."""
-    argv = [str(part) for part in argv]
-    device = [] if module == "toy" or "--device" in argv else ["--device", "cpu"]
-    return importlib.import_module(module).main([*argv, *device])
-
-
 def fork(log, module, *argv, ranks=1):
     """Start a script in forks of this process, as torchrun starts its ranks; returns them.
 
@@ -71,15 +64,18 @@ def finish(forks):
 
 @pytest.fixture(scope="session")
 def in_process():
-    """Run a script's main() here; the signal handlers that it sets are put back."""
+    """Run a script's main() here, on the CPU; the signal handlers that it sets are put back."""
 
     def run_main(module, *argv):
-        names = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
-        before = {name: signal.getsignal(name) for name in names}
+        argv = [str(part) for part in argv]
+        if module != "toy" and "--device" not in argv:
+            argv += ["--device", "cpu"]
+        before = [(name, signal.getsignal(name)) for name in (
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
         try:
-            return call(module, argv)
+            return importlib.import_module(module).main(argv)
         finally:
-            for name, handler in before.items():
+            for name, handler in before:
                 signal.signal(name, handler)
 
     return run_main

@@ -31,25 +31,18 @@ class SmallInception(nn.Module):
         return x.float().mean((2, 3)), None
 
 
-class Forked:
-    """What start_training returns, but a fork of this process: it need not import torch again."""
-
-    def __init__(self, out, *flags):
-        self.process, = fork(out, "train", *flags, "--out", out)
-        self.terminate, self.kill = self.process.terminate, self.process.kill
-
-    def poll(self):
-        return self.process.exitcode
-
-    def wait(self):
-        self.process.join(60)
-        return self.process.exitcode
+def forked(out, *flags):
+    """What start_training does, but a fork of this process: it need not import torch again."""
+    process, = fork(out, "train", *flags, "--out", out)
+    process.poll = lambda: process.exitcode
+    process.wait = lambda: process.join(60) or process.exitcode
+    return process
 
 
 @pytest.fixture
 def verb(in_process, tmp_path, monkeypatch):
     """Run a verb; returns {item: its figures}. No item may have an error."""
-    monkeypatch.setattr(gpu, "start_training", Forked)
+    monkeypatch.setattr(gpu, "start_training", forked)
 
     def run(*argv):
         in_process("gpu", *argv, "--tiny", "--minutes", 3, "--out", tmp_path / "out", "--runs",

@@ -30,9 +30,10 @@ class Scalar(nn.Module):
 class Points(nn.Module):
     """A small network on points in the plane that looks at t."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 2))
+        self.layers = nn.Sequential(nn.Linear(3, 32), nn.Dropout(dropout), nn.Tanh(),
+                                    nn.Linear(32, 2))
 
     def forward(self, x, t):
         return self.layers(torch.cat([x, t[:, None] / 1000], dim=1))
@@ -276,18 +277,6 @@ def test_target_branch_and_figures():
     assert dsm.item() == pytest.approx(figures["dsm"].item())
 
 
-class Dropper(nn.Module):
-    """The smallest network with dropout: quick to compile."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.5), nn.Tanh(), nn.Linear(40, 40),
-                                    nn.Dropout(0.5), nn.Linear(40, 6))
-
-    def forward(self, x, t):
-        return self.layers(x)
-
-
 @pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
 def test_compiled_branches_drop_the_same_units(backend, monkeypatch):
     """Clean, inner step and moved branch are three graphs, of one mask each step, a new one each.
@@ -297,11 +286,11 @@ def test_compiled_branches_drop_the_same_units(backend, monkeypatch):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
     torch.manual_seed(0)
-    net, diffusion = Dropper().train(), Diffusion()
+    net, diffusion = Points(dropout=0.5), Diffusion()
     if backend:
         torch._dynamo.reset()
         net.compile(backend=backend, dynamic=False)
-    x0, eps = torch.randn(8, 6), torch.randn(8, 6)
+    x0, eps = torch.randn(2, 8, 2)
     seen = []
 
     def look(view, omega, x_t, s, t, r, clean, cfg, again):
@@ -320,21 +309,6 @@ def test_compiled_branches_drop_the_same_units(backend, monkeypatch):
             assert seen[-1] == 0 and figures["equivariance"] == 0
             losses_seen.add(loss.item())
     assert len(losses_seen) == len(seen)
-
-
-def test_compiled_gradients_equal_eager():
-    grads = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        net = Dropper().eval()
-        if compiled:
-            net.compile(backend="aot_eager", dynamic=False)
-        x0, t, eps = torch.randn(4, 6), stratified_t(4, 1000), torch.randn(4, 6)
-        cfg = Perturbation(ascent_norm="l2", reg_t=0.5)
-        loss, _ = MODES["adv"].loss(net, Diffusion(), x0, t, eps, cfg)
-        loss.backward()
-        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
 
 
 def test_pgd_takes_small_steps_from_its_start_and_stays_in_the_ball():
@@ -401,24 +375,6 @@ def test_the_lowest_t_are_regularised_at_their_own_weight_however_the_batch_is_s
     whole = sum(value for value, _ in halves) / parts
     dsm, _ = losses.dsm(net, diffusion, x0, t, eps)
     assert whole.item() == pytest.approx(dsm.item() + reg, rel=1e-4)
-
-
-@pytest.mark.parametrize("norm, steps", [("linf", 0), ("linf", 5), ("l2", 5)])
-def test_trajectory_attack_spends_its_budget_at_the_chosen_times(norm, steps):
-    torch.manual_seed(0)
-    diffusion, x = Diffusion(), torch.randn(20, 2)
-    net = Points().requires_grad_(False)
-    perturb = losses.trajectory_attack(lambda x, t: denoise(net, diffusion, x, t), diffusion, {60},
-                                       lambda: torch.randn(20, 2), norm, 0.5, steps)
-    assert perturb(x, 61) is x
-    push = (perturb(x, 60) - x) / diffusion.s[60]
-    assert not push.requires_grad
-    if norm == "linf":
-        assert push.abs().max().item() == pytest.approx(0.5, rel=1e-4)
-    else:
-        sizes = push.square().mean(1).sqrt()
-        assert (sizes <= 0.5 * (1 + 1e-4)).all()
-        assert sizes.max().item() == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["random", "adv", "invariant"])
