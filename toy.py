@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from scipy.linalg import subspace_angles
 from scipy.spatial import cKDTree
 from torch import nn
 
@@ -41,39 +40,42 @@ from model import timestep_embedding
 from sample import (BLACK, BLUE, GREY, RED, TOY, Parser, UserError, a_path, check_writable,
                     comma_list, draw_chart, draw_layers, number, run_cli, sample, seed_for, ticker,
                     timesteps, to_uint8, write_atomically, write_json)
-from train import NOISY, OUTLIER, choose_corruption, load_images, shapes
+from train import CLEAN, NOISY, OUTLIER, choose_corruption, load_images, shapes
 
 DIFFUSION = Diffusion()
 # The time steps of the figures that are lists: s = .08, .20, .46 and .90
 LEVELS = (20, 60, 150, 400)
-# The largest component that the plane's normal may have: orientations within 26 degrees of an axis,
-# 30 % of all, are redrawn. The paper's sign step goes blind there: at .93 to .97 adv leaves .31 to
-# .34 of dsm's distance to the plane, .48 at 1; three l2 steps leave .14 to .16.
+# The largest component that the plane's normal may have: within 26 degrees of an axis, 30 % of all
+# orientations, the paper's sign step goes blind.
 OBLIQUE = 0.9
-# name: (objective in losses.MODES, settings of the perturbation, title)
+# name: (objective in losses.MODES, settings of `Perturbation` that the mode fixes, title)
 VARIANTS = {
-    "exact": (None, {}, "exact score"),
-    "dsm": ("dsm", {}, "dsm: plain DDPM"),
+    "exact": (None, {"lam": 0.0}, "exact score"),
+    "dsm": ("dsm", {"lam": 0.0}, "dsm: plain DDPM"),
     "random": ("random", {}, "random equivariance"),
     "adv": ("adv", {}, "adversarial (paper)"),
     "adv_low": ("adv", {"reg_t": 0.1}, "adversarial, lowest tenth of t"),
     "adv_share": ("adv", {"reg_share": 0.3}, "adversarial, 30 % of each batch"),
     "adv_l2x3": ("adv", {"ascent_norm": "l2", "ascent_steps": 3}, "adversarial, l2, 3 steps"),
     "invariant": ("invariant", {}, "invariance"),
-    "ip": ("ip", {}, "DDPM-IP"),
+    "ip": ("ip", {"lam": 0.0}, "DDPM-IP"),
     # Told the truth about each point, where images have estimates.
-    "filter": ("dsm", {}, "dsm on the clean points alone (oracle)"),
-    "aware": ("aware", {}, "noise-aware (oracle)"),
+    "filter": ("dsm", {"lam": 0.0}, "dsm on the clean points alone (oracle)"),
+    "aware": ("aware", {"lam": 0.0}, "noise-aware (oracle)"),
 }
-CLEAN = (0.0, 0.0, 0.0)
-# (share of noisy points, standard deviation of their noise, share of outliers)
-CORRUPTIONS = [CLEAN, (0.9, 0.1, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)]
+# (share of noisy points, standard deviation of their noise, share of outliers); the first is clean
+CORRUPTIONS = [(0.0, 0.0, 0.0), (0.9, 0.1, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)]
 STEPS = {"plane": 2000, "mixture": 1000, "subspace": 1000}  # of training
 HELD_OUT = 500  # images of the subspace that no network is trained on
 FEW = (8, 32, 128)  # training points of `memorize`
 
 # No two uses of randomness share a stream; all modes share all of these
 ORIENT, POINTS, SPOIL, BATCH, SAMPLES, LEVEL, TEST, FRESH, PROJECT, PUSH, WEIGHTS, OMEGA = range(12)
+
+
+def perturbation(mode, lam, args):
+    """The settings of a mode in VARIANTS: what it fixes (lam 0: no regulariser), else the flags."""
+    return Perturbation(**{"reading": args.reading, "lam": lam} | VARIANTS[mode][1])
 
 
 def generator_for(use, *numbers):
@@ -124,8 +126,18 @@ def plane(seed):
         across = -u[:, 2].square() / 2 - (s.squeeze(1) * math.sqrt(2 * math.pi)).log()
         return within.sum(1) + across
 
+    def figures(x):
+        u = x @ frame
+        clean = 2 * torch.rand(len(u), 2, generator=generator_for(FRESH, seed)) - 1
+        return {
+            "off_plane_rms": rms(u[:, 2:]),
+            # A uniform coordinate on [-1, 1] has the std 1 / sqrt(3)
+            "in_plane_std_ratio": u[:, :2].std(0).mean().item() * math.sqrt(3),
+            "sliced_wasserstein": sliced_wasserstein(u, F.pad(clean, (0, 1))),
+        }
+
     edge = torch.stack([-frame[:, 0], frame[:, 0]])[None]
-    return Truth(frame, edge, draw, log_density, partial(plane_figures, frame, seed))
+    return Truth(frame, edge, draw, log_density, figures)
 
 
 MODE_WEIGHTS = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05], dtype=torch.float64)
@@ -138,6 +150,10 @@ def mixture(seed):
     """Five Gaussians of std .1 on the unit circle, weights .4 to .05; the same for every seed.
 
         p_t(x) = sum_k w_k N(x; sqrt_a mu_k, (a std^2 + s^2) I)
+
+    spurious_mass: share of points beyond 4 std of every mode.
+    mass_error: total variation between the modes' shares of points (nearest mean) and weights.
+    nll: mean of -log p(x), nats; that of the true data is its entropy, see `exact`.
     """
 
     def draw(n, generator):
@@ -150,10 +166,19 @@ def mixture(seed):
         log_p = -distance / (2 * variance) - (2 * math.pi * variance).log()
         return (MODE_WEIGHTS.log() + log_p).logsumexp(1)
 
+    def figures(x):
+        distance = torch.cdist(x.double(), MODE_MEANS)
+        shares = distance.argmin(1).bincount(minlength=5) / len(x)
+        undiffused = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
+        return {
+            "spurious_mass": (distance.amin(1) > 4 * MODE_STD).double().mean().item(),
+            "mass_error": (shares - MODE_WEIGHTS).abs().sum().item() / 2,
+            "nll": -log_density(x.double(), *undiffused).mean().item(),
+        }
+
     angle = torch.linspace(0, 2 * math.pi, 40)
     circle = 2 * MODE_STD * torch.stack([angle.cos(), angle.sin()], 1)
-    return Truth(torch.eye(2), MODE_MEANS.float()[:, None] + circle, draw, log_density,
-                 mixture_figures)
+    return Truth(torch.eye(2), MODE_MEANS.float()[:, None] + circle, draw, log_density, figures)
 
 
 TRUTHS = {"plane": plane, "mixture": mixture}
@@ -161,10 +186,12 @@ TRUTHS = {"plane": plane, "mixture": mixture}
 
 @lru_cache(maxsize=1)
 def image_subspace(data_dir, rank):
-    """Images on their first `rank` principal components: (x (N, D) in that subspace, mean, basis).
+    """Images on their first `rank` principal components: (x (N, D), figures of samples (n, D)).
 
     data_dir: of your own images, or None for the embedded shapes; made grey, 16x16 and flat.
-    basis: (D, rank), orthonormal.  Raises UserError if there are no images, or too few.
+    outside_share: energy of samples outside the subspace, over all of it, about the data's mean.
+    variance_ratio: variance of samples within the subspace over that of x.
+    Raises UserError if there are no images, or too few.
     """
     pixels = load_images("folder", 16, 1, data_dir) if data_dir else shapes(6000, 16, 1, 0)
     if len(pixels) < 2 * HELD_OUT:
@@ -172,17 +199,48 @@ def image_subspace(data_dir, rank):
     x = torch.from_numpy(np.array(pixels)).float().flatten(1) / 127.5 - 1
     mean = x.mean(0)
     basis = torch.linalg.svd(x[:4000] - mean, full_matrices=False).Vh[:rank].T
-    return mean + (x - mean) @ basis @ basis.T, mean, basis
+    x = mean + (x - mean) @ basis @ basis.T
+    variance = ((x - mean) @ basis).var(0).sum()
+
+    def figures(samples):
+        centred = samples - mean
+        inside = centred @ basis
+        outside = (centred - inside @ basis.T).square().sum() / centred.square().sum()
+        return {"outside_share": outside.item(),
+                "variance_ratio": (inside.var(0).sum() / variance).item()}
+
+    return x, figures
 
 
-def corrupt(x0, corruption, seed, reach):
-    """x0 (N, d) with Gaussian noise, or outliers uniform in [-reach, reach]; see CORRUPTIONS."""
-    noise_p, noise_std, outlier_p = corruption
-    kinds = torch.from_numpy(choose_corruption(len(x0), noise_p, outlier_p, seed))[:, None]
-    g = generator_for(SPOIL, seed)
+class Task(NamedTuple):
+    """One network to train, on n points of `data`, and the experiment that looks at it."""
+
+    experiment: str
+    data: str
+    corruption: tuple
+    mode: str
+    cfg: Perturbation
+    seed: int
+    n: int = 10_000
+
+
+def training_points(task, args):
+    """The task's training set, a function of the task alone: x (n, d), kinds uint8 (n,) of train's.
+
+    NOISY points have Gaussian noise; an OUTLIER is uniform in [-2, 2], an image's in [-1, 1].
+    """
+    if task.data == "subspace":
+        x0, reach = image_subspace(args.data_dir, args.rank)[0][:-HELD_OUT], 1
+    else:
+        x0 = TRUTHS[task.data](task.seed).draw(task.n, generator_for(POINTS, task.seed))
+        reach = 2
+    noise_p, noise_std, outlier_p = task.corruption
+    kinds = torch.from_numpy(choose_corruption(len(x0), noise_p, outlier_p, task.seed))
+    g = generator_for(SPOIL, task.seed)
     noise = noise_std * torch.randn(x0.shape, generator=g)
     outliers = reach * (2 * torch.rand(x0.shape, generator=g) - 1)
-    return torch.where(kinds == OUTLIER, outliers, x0 + noise * (kinds == NOISY))
+    x = x0 + noise * (kinds == NOISY)[:, None]
+    return torch.where((kinds == OUTLIER)[:, None], outliers, x), kinds
 
 
 def corruption_name(corruption):
@@ -216,37 +274,15 @@ class MLP(nn.Module):
         return self.last(F.silu(h)) + self.gain(F.silu(emb)) * x
 
 
-class Task(NamedTuple):
-    """One network to train, on n points of `data`, and the experiment that looks at it."""
-
-    experiment: str
-    data: str
-    corruption: tuple
-    mode: str
-    lam: float
-    seed: int
-    n: int = 10_000
-
-
-def training_points(task, args):
-    """The task's training set (n, d), a function of the task alone."""
-    if task.data == "subspace":
-        clean = image_subspace(args.data_dir, args.rank)[0][:-HELD_OUT]
-        return corrupt(clean, task.corruption, task.seed, reach=1)
-    x0 = TRUTHS[task.data](task.seed).draw(task.n, generator_for(POINTS, task.seed))
-    return corrupt(x0, task.corruption, task.seed, reach=2)
-
-
 def train(task, args):
-    """An MLP trained by Adam; its rate falls along a cosine, which stands for an EMA."""
-    objective, settings, _ = VARIANTS[task.mode]
-    cfg = Perturbation(reading=args.reading, lam=task.lam, **settings)
-    x0, steps = training_points(task, args), args.steps or STEPS[task.data]
-    noise_p, noise_std, outlier_p = task.corruption
-    kinds = torch.from_numpy(choose_corruption(len(x0), noise_p, outlier_p, task.seed))
-    noise = noise_std * (kinds == NOISY)
+    """The exact eps, or an MLP trained by Adam; its cosine learning rate stands for an EMA."""
+    if task.mode == "exact":
+        return TRUTHS[task.data](task.seed).exact_eps
+    objective, steps = VARIANTS[task.mode][0], args.steps or STEPS[task.data]
+    x0, kinds = training_points(task, args)
+    noise = task.corruption[1] * (kinds == NOISY)
     if task.mode == "filter":
-        x0 = x0[(kinds != NOISY) & (kinds != OUTLIER)]
+        x0 = x0[kinds == CLEAN]
     torch.manual_seed(seed_for(TOY, WEIGHTS, task.seed))
     net = MLP(x0.shape[1])
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
@@ -257,7 +293,7 @@ def train(task, args):
         index, t = torch.randint(len(x0), (256,)), stratified_t(256, DIFFUSION.T)
         eps = torch.randn(256, x0.shape[1])
         told = [noise[index]] if objective == "aware" else []
-        loss, _ = MODES[objective].loss(net, DIFFUSION, x0[index], t, eps, cfg, *told)
+        loss, _ = MODES[objective].loss(net, DIFFUSION, x0[index], t, eps, task.cfg, *told)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -296,13 +332,13 @@ def sliced_wasserstein(x, y, projections=128):
     return ((x @ p).sort(0).values - (y @ p).sort(0).values).square().mean().sqrt().item()
 
 
-def against_truth(net, truth, seed, n=2000):
+def against_truth(net, truth, seed):
     """Errors on fresh clean data at each of LEVELS.
 
     score_error: |eps_theta - eps*| / |eps*| in the mean square, eps* the exact one.
     reconstruction_rms: rms distance of D(x_t) to x0.
     """
-    x0 = truth.draw(n, generator_for(TEST, seed))
+    x0 = truth.draw(2000, generator_for(TEST, seed))
     figures = {"score_error": [], "reconstruction_rms": []}
     for level in LEVELS:
         x_t, t = diffuse_to(level, x0, seed)
@@ -311,55 +347,6 @@ def against_truth(net, truth, seed, n=2000):
         figures["score_error"].append(rms(error) / rms(best))
         figures["reconstruction_rms"].append(rms(denoise(net, DIFFUSION, x_t, t) - x0))
     return figures
-
-
-def plane_figures(frame, seed, x):
-    """Figures of points x (n, 3) about the plane of `frame`: distance, spread in it, mismatch."""
-    u = x @ frame
-    clean = 2 * torch.rand(len(u), 2, generator=generator_for(FRESH, seed)) - 1
-    return {
-        "off_plane_rms": rms(u[:, 2:]),
-        # A uniform coordinate on [-1, 1] has the std 1 / sqrt(3)
-        "in_plane_std_ratio": u[:, :2].std(0).mean().item() * math.sqrt(3),
-        "sliced_wasserstein": sliced_wasserstein(u, F.pad(clean, (0, 1))),
-    }
-
-
-def mixture_figures(x):
-    """Figures of points x (n, 2) under the true mixture.
-
-    spurious_mass: share of x beyond 4 std of every mode.
-    mass_error: total variation between the modes' shares of x (nearest mean) and their weights.
-    nll: mean of -log p(x), nats; that of the true data is its entropy, see `exact`.
-    """
-    distance = torch.cdist(x.double(), MODE_MEANS)
-    shares = distance.argmin(1).bincount(minlength=5) / len(x)
-    undiffused = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
-    return {
-        "spurious_mass": (distance.amin(1) > 4 * MODE_STD).double().mean().item(),
-        "mass_error": (shares - MODE_WEIGHTS).abs().sum().item() / 2,
-        "nll": -mixture(0).log_density(x.double(), *undiffused).mean().item(),
-    }
-
-
-def subspace_figures(x, mean, basis, clean):
-    """Figures of samples x (n, D) against the subspace through `mean` spanned by `basis` (D, K).
-
-    outside_share: energy of x - mean outside the subspace, over all of it.
-    mean_angle, max_angle: principal angles, degrees, to the span of x's own first K components.
-    variance_ratio: variance of x within the subspace over that of the data `clean` (N, D).
-    """
-    coordinates = (x - mean) @ basis
-    outside = x - mean - coordinates @ basis.T
-    own = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:basis.shape[1]]
-    angles = np.rad2deg(subspace_angles(own.T.double().numpy(), basis.double().numpy()))
-    variance, true_variance = (y.var(0).sum() for y in (coordinates, (clean - mean) @ basis))
-    return {
-        "outside_share": (outside.square().sum() / (x - mean).square().sum()).item(),
-        "mean_angle": float(angles.mean()),
-        "max_angle": float(angles.max()),
-        "variance_ratio": (variance / true_variance).item(),
-    }
 
 
 def copied_share(x, points):
@@ -427,45 +414,45 @@ def known_density(net, task, args):
     frame, d, outline = truth.frame, len(truth.frame), (truth.outline, RED, 4)
     x = generate(net, (args.samples, d), args.sample_steps, task.seed)
     row = {**truth.figures(x), **against_truth(net, truth, task.seed)}
-    cells = {f"samples, trained on\n{name}": (
-        draw_points(frame, [(x[:1500], BLUE, 2), outline]), caption_of(row, *[*row][:2]))}
+    panel = draw_points(frame, [(x[:1500], BLUE, 2), outline])
+    cells = {f"samples, trained on\n{name}": (panel, caption_of(row, *[*row][:2]))}
     if task.corruption != args.shown:
         return [row], cells
 
     states = []
     end = generate(net, (40, d), 100, task.seed, lambda x, t: states.append(x) or x, "ddim")
     paths = torch.stack([*states, end], 1)
-    cells[f"sampling paths (DDIM),\n{name}"] = draw_points(
-        frame, [(paths, GREY, 2), outline, (end, BLUE, 3)]), ""
+    panel = draw_points(frame, [(paths, GREY, 2), outline, (end, BLUE, 3)])
+    cells[f"sampling paths (DDIM),\n{name}"] = panel, ""
 
     line = torch.linspace(-1.3, 1.3, 9)
     u = torch.cartesian_prod(line, line if d == 2 else line[[3, 5]])
     x, t = u @ frame[:, [0, -1]].T, torch.full((len(u),), LEVELS[1])
     exact, field = (torch.stack([x, denoise(f, DIFFUSION, x, t)], 1)
                     for f in (truth.exact_eps, net))
-    cells[f"score at s = .2, as steps\nx to D(x) (grey: exact),\n{name}"] = draw_points(
-        frame, [(exact, GREY, 2), (field, BLUE, 2), outline, (field[:, 1], BLUE, 3)]
-    ), caption_of(row, "score_error")
+    layers = [(exact, GREY, 2), (field, BLUE, 2), outline, (field[:, 1], BLUE, 3)]
+    title = f"score at s = .2, as steps\nx to D(x) (grey: exact),\n{name}"
+    cells[title] = draw_points(frame, layers), caption_of(row, "score_error")
     return [row], cells
 
 
 def subspace(net, task, args):
     """Images of a linear subspace, flat: do the samples stay in it, and keep its variance?"""
-    data, mean, basis = image_subspace(args.data_dir, args.rank)
+    data, figures = image_subspace(args.data_dir, args.rank)
     held_out = data[-HELD_OUT:]
     x = generate(net, (args.samples // 4, data.shape[1]), args.sample_steps, task.seed)
-    row = {**subspace_figures(x, mean, basis, data), "psnr": [], "samples": len(x)}
+    row = {**figures(x), "psnr": [], "samples": len(x)}
     for level in LEVELS:
         D = denoise(net, DIFFUSION, *diffuse_to(level, held_out, task.seed))
         row["psnr"].append(10 * math.log10(4 / (D - held_out).square().mean().item()))
     title = f"trained on\n{corruption_name(task.corruption)}"
-    return [row], {(title, "training data"): (draw_images(training_points(task, args)), ""),
+    return [row], {(title, "training data"): (draw_images(training_points(task, args)[0]), ""),
                    title: (draw_images(x), caption_of(row, "outside_share", "variance_ratio"))}
 
 
 def memorize(net, task, args):
     """Few training points: copies among the samples, and the denoising error on fresh points."""
-    truth, seen = mixture(task.seed), training_points(task, args)
+    truth, (seen, _) = mixture(task.seed), training_points(task, args)
     x = generate(net, (args.samples, 2), args.sample_steps, task.seed)
     fresh = truth.draw(args.samples, generator_for(FRESH, task.seed))
     error, least = (np.array(against_truth(f, truth, task.seed)["reconstruction_rms"])
@@ -489,25 +476,22 @@ def attack(net, task, args):
 
     moved_wasserstein: distance to the samples left alone, from the same noise but for the second.
     """
-    truth = TRUTHS[task.data](task.seed)
+    truth, rows, cells = TRUTHS[task.data](task.seed), [], {}
     shape = (args.samples // 3, len(truth.frame))
     chosen = timesteps(DIFFUSION.T, args.sample_steps)[4::5]
     untouched = generate(net, shape, args.sample_steps, task.seed)
-    rows, cells = [], {}
     for name, push in ATTACKS.items():
         g = generator_for(PUSH, task.seed)
         hook = push and trajectory_attack(partial(denoise, net, DIFFUSION), DIFFUSION, chosen,
                                           lambda: torch.randn(shape, generator=g), *push)
         start = task.seed + (1_000_000 if name == "none, other noise" else 0)
         x = generate(net, shape, args.sample_steps, start, hook)
-        figures = truth.figures(x)
-        row = {"data": task.data, "attack": name, **figures, "samples": len(x),
-               "moved_wasserstein": sliced_wasserstein(x, untouched)}
-        rows.append(row)
+        figures = {**truth.figures(x), "moved_wasserstein": sliced_wasserstein(x, untouched)}
+        rows.append({"data": task.data, "attack": name, "samples": len(x), **figures})
         if task.corruption == args.shown and name in ("none", "random l2", "pgd l2"):
-            cells[f"{task.data}\nattack: {name}"] = draw_points(
-                truth.frame, [(x, BLUE, 2), (truth.outline, RED, 4)]
-            ), caption_of(row, list(figures)[0], "moved_wasserstein")
+            panel = draw_points(truth.frame, [(x, BLUE, 2), (truth.outline, RED, 4)])
+            caption = caption_of(figures, [*figures][0], "moved_wasserstein")
+            cells[f"{task.data}\nattack: {name}"] = panel, caption
     return rows, cells
 
 
@@ -552,25 +536,17 @@ def linear_optimum(find, V, level, draws=256, rounds=30):
 
 
 def directions(axes, J, u):
-    """Gains and omega along axes (d, d), the last of them noise, as (figures, two cells).
+    """C = sqrt(a) dD/dx = I - s J along `axes` (d, d), the last of them noise: lists over LEVELS.
 
-    J: d eps_theta / dx at LEVELS (4, d, d).  u: omega / r there, (4, n, d).
+    Its gains are what the denoiser D lets through; the penalty is |C omega|^2.
+    J: d eps_theta / dx (4, d, d).  u: omega / r (4, n, d).
     """
-    s = DIFFUSION.s[list(LEVELS)]
-    C = torch.eye(len(axes)) - s[:, None, None] * J
+    C = torch.eye(len(axes)) - DIFFUSION.s[list(LEVELS), None, None] * J
     gains = (axes.T @ C @ axes).diagonal(dim1=1, dim2=2)
-    gains = {"signal": gains[:, :-1].mean(1), "noise": gains[:, -1]}
     u = u @ axes
     share = u[..., -1].square().sum(1) / u.square().sum((1, 2))
-    curves = {**gains, "clean": (1 - s**2) / (1 + 2 * s**2)}
-    chart = draw_chart({name: torch.stack([s, gain], 1) for name, gain in curves.items()},
-                       "s", "gain", high=(1, 1))
-    across = torch.tensor([[[0, -1.4], [0, 1.4]]])
-    panel = draw_points(torch.eye(2), [(across, RED, 3), (0.8 * u[1, :400, [0, -1]], BLUE, 2)])
-    return ({"signal_gain": gains["signal"].tolist(), "noise_gain": gains["noise"].tolist(),
-             "omega_on_noise": share.tolist()},
-            (chart, "\n".join(f"{name} at s = .2: {gain[1]:.2f}" for name, gain in gains.items())),
-            (panel, f"on noise {share[1]:.0%}"))
+    return {"signal_gain": gains[:, :-1].mean(1).tolist(), "noise_gain": gains[:, -1].tolist(),
+            "omega_on_noise": share.tolist()}
 
 
 def why(dsm_net, task, args):
@@ -578,18 +554,15 @@ def why(dsm_net, task, args):
 
     Data N(0, V) in 2-D: signal of variance 1/3 along one direction, noise of variance p sigma^2
     (at least 1e-4) along both, turned by 30 degrees. The MLPs are trained on the plane.
-    C = sqrt(a) dD/dx = I - s d eps_theta/dx: its gains along signal and noise are what the
-    denoiser D lets through; the penalty is |C omega|^2. Lists are over LEVELS.
     """
     noise_p, noise_std, _ = task.corruption
     variance = torch.tensor([1 / 3, 0.0]) + max(noise_p * noise_std**2, 1e-4)
-    seen = training_points(task, args)[:1000]
+    seen = training_points(task, args)[0][:1000]
     states = [diffuse_to(level, seen, task.seed) for level in LEVELS]
+    s, across = DIFFUSION.s[list(LEVELS)], torch.tensor([[[0, -1.4], [0, 1.4]]])
     rows, cells = [], {}
     for name, (mode, moved, degrees) in RULES.items():
-        objective, settings, _ = VARIANTS[mode]
-        lam = 0.0 if mode == "dsm" else args.lam[0]
-        cfg = Perturbation(reading=args.reading, lam=lam, **settings)
+        objective, cfg = VARIANTS[mode][0], perturbation(mode, args.lam[0], args)
         find = partial(find_omega, objective, moved, cfg)
         torch.manual_seed(seed_for(TOY, OMEGA, task.seed))
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -598,21 +571,28 @@ def why(dsm_net, task, args):
         K, u = zip(*(linear_optimum(find, V, level) for level in LEVELS))
         found = {"linear network": (axes, torch.stack(K), torch.stack(u))}
         if moved == predict_eps and degrees:
-            net = dsm_net if mode == "dsm" else train(task._replace(mode=mode, lam=lam), args)
+            net = dsm_net if mode == "dsm" else train(task._replace(mode=mode, cfg=cfg), args)
             jacobian = torch.func.vmap(torch.func.jacrev(
                 lambda x, t: predict_eps(net, DIFFUSION, x[None], t[None])[0]))
             J = torch.stack([jacobian(*state).mean(0) for state in states])
             u = torch.stack([find(net, *state)[0] for state in states])
             found["MLP on the plane"] = plane(task.seed).frame, J, u
-        for network, of_network in found.items():
-            figures, gains_cell, omega_cell = directions(*of_network)
-            rows.append({"network": network, "mode": name, "lam": lam,
-                         "forward_units": forward_units(objective, cfg), **figures})
-            title = f"{network}:\nwhat it lets through (grey:\nthe best on clean data)"
-            cells[title, name] = gains_cell
+
+        for network, (axes, J, u) in found.items():
+            row = {"network": network, "mode": name, "lam": cfg.lam,
+                   "forward_units": forward_units(objective, cfg), **directions(axes, J, u)}
+            rows.append(row)
+            gains = {"signal": row["signal_gain"], "noise": row["noise_gain"],
+                     "clean": (1 - s**2) / (1 + 2 * s**2)}
+            chart = draw_chart({label: list(zip(s, gain)) for label, gain in gains.items()},
+                               "s", "gain", high=(1, 1))
+            title = f"{network}:\nwhat it lets through (grey:\nbest on clean data);\nbelow: s = .2"
+            cells[title, name] = chart, caption_of(row, "signal_gain", "noise_gain")
             if mode != "dsm":
+                layers = [(across, RED, 3), (0.8 * (u @ axes)[1, :400, [0, -1]], BLUE, 2)]
                 title = f"{network}:\nomega at s = .2 (red: the\nnoise's direction)"
-                cells[title, name] = omega_cell
+                cells[title, name] = (draw_points(torch.eye(2), layers),
+                                      caption_of(row, "omega_on_noise"))
     return rows, cells
 
 
@@ -656,36 +636,34 @@ def plan(args):
     """The tasks of the chosen experiment, or of all, in the order of the rows."""
     tasks = []
     for seed, mode, lam in product(range(args.seed, args.seed + args.seeds), args.modes, args.lam):
-        network = (mode, 0.0 if mode in ("exact", "dsm") else lam, seed)
+        network = mode, perturbation(mode, lam, args), seed
         # The exact score has no training: one corruption stands for all
         for corruption in [args.shown] if mode == "exact" else args.corruptions:
             for data in TRUTHS:
                 tasks.append(Task(data, data, corruption, *network))
-                if corruption in (CLEAN, args.shown):
+                if corruption in (CORRUPTIONS[0], args.shown):
                     tasks.append(Task("attack", data, corruption, *network))
             if mode != "exact":
                 tasks.append(Task("subspace", "subspace", corruption, *network))
-        for n in FEW:
-            tasks.append(Task("memorize", "mixture", args.corruptions[0], *network, n))
-        tasks.append(Task("why", "plane", args.shown, "dsm", 0.0, seed))
+        tasks += [Task("memorize", "mixture", args.corruptions[0], *network, n) for n in FEW]
+        plain = perturbation("dsm", lam, args)
+        tasks.append(Task("why", "plane", args.shown, "dsm", plain, seed))
     return [task for task in dict.fromkeys(tasks) if args.experiment in (task.experiment, "all")]
 
 
 def train_and_measure(args, task):
     """Train the task's network and measure it: (rows, cells of the picture)."""
     torch.set_num_threads(1)
-    objective, settings, title = VARIANTS[task.mode]
-    if objective is None:
-        net, units, steps = TRUTHS[task.data](task.seed).exact_eps, 0, 0
-    else:
-        net, steps = train(task, args), args.steps or STEPS[task.data]
-        units = forward_units(objective, Perturbation(**settings))
-    rows, cells = EXPERIMENTS[task.experiment][0](net, task, args)
+    objective, _, title = VARIANTS[task.mode]
+    rows, cells = EXPERIMENTS[task.experiment][0](train(task, args), task, args)
+    lam, units, steps = task.cfg.lam, 0, 0
+    if objective:
+        units, steps = forward_units(objective, task.cfg), args.steps or STEPS[task.data]
     head = {"experiment": task.experiment, "corruption": corruption_name(task.corruption),
-            "mode": task.mode, "lam": task.lam, "forward_units": units, "seed": task.seed,
+            "mode": task.mode, "lam": lam, "forward_units": units, "seed": task.seed,
             "reading": args.reading, "training_steps": steps, "samples": args.samples,
             "sample_steps": args.sample_steps}
-    column = f"{title}, lambda {task.lam:g}" if task.lam and len(args.lam) > 1 else title
+    column = f"{title}, lambda {lam:g}" if lam and len(args.lam) > 1 else title
     return [{**head, **row} for row in rows], {
         key if isinstance(key, tuple) else (key, column): cell for key, cell in cells.items()}
 
@@ -704,25 +682,25 @@ def measured(tasks, args):
 def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
-    p.add_argument("experiment", nargs="?", default="all", choices=[*EXPERIMENTS, "all"])
-    p.add_argument("--modes", type=comma_list(str, *VARIANTS),
-                   default="exact,dsm,random,adv,adv_low,adv_l2x3,invariant",
-                   help="or adv_share; why has its own")
-    p.add_argument("--lam", type=comma_list(number(float, 1e-3)), default="0.3",
-                   help="weights lambda, with commas between; why takes the first")
-    p.add_argument("--noise_p", type=number(float, 0, 1), help="share of noisy training points")
-    p.add_argument("--noise_std", type=number(float, 0), help="standard deviation of their noise")
-    p.add_argument("--outlier_p", type=number(float, 0, 1), help="share of outliers")
-    p.add_argument("--reading", choices=READINGS, default="sigma", help="of the radius, see losses")
-    p.add_argument("--data_dir", help="subspace: your own images instead of the shapes")
-    p.add_argument("--rank", type=number(int, 1, 64), default=16, help="subspace: its dimension")
-    p.add_argument("--steps", type=number(int, 1), help="of training; else 2000 or 1000, see STEPS")
-    p.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="the first seed")
-    p.add_argument("--seeds", type=number(int, 1), default=1, help="how many seeds")
-    p.add_argument("--quick", action="store_true", help="less of everything, one corruption")
-    p.add_argument("--workers", type=number(int, 1), default=torch.get_num_threads(),
-                   help="processes, of one thread each")
-    p.add_argument("--out", type=a_path, default=Path("out/toy"), help="output folder")
+    flag = p.add_argument
+    flag("experiment", nargs="?", default="all", choices=[*EXPERIMENTS, "all"])
+    flag("--modes", type=comma_list(str, *VARIANTS),
+         default="exact,dsm,random,adv,adv_low,adv_l2x3,invariant",
+         help=f"of {', '.join(VARIANTS)}; why has its own")
+    flag("--lam", type=comma_list(number(float, 1e-3)), default="0.3",
+         help="weights lambda, with commas between; why takes the first")
+    flag("--noise_p", type=number(float, 0, 1), help="share of noisy training points")
+    flag("--noise_std", type=number(float, 0), help="standard deviation of their noise")
+    flag("--outlier_p", type=number(float, 0, 1), help="share of outliers")
+    flag("--reading", choices=READINGS, default="sigma", help="of the radius, see losses")
+    flag("--data_dir", help="subspace: your own images instead of the shapes")
+    flag("--rank", type=number(int, 1, 64), default=16, help="subspace: its dimension")
+    flag("--steps", type=number(int, 1), help="of training; else 2000 or 1000, see STEPS")
+    flag("--seed", type=number(int, 0, 10**6), default=0, help="the first seed")
+    flag("--seeds", type=number(int, 1), default=1, help="how many seeds")
+    flag("--quick", action="store_true", help="less of everything, one corruption")
+    flag("--workers", type=number(int, 1), default=torch.get_num_threads(), help="processes")
+    flag("--out", type=a_path, default=Path("out/toy"), help="output folder")
     args = p.parse_args(argv)
 
     if (args.noise_p is None) != (args.noise_std is None):
@@ -734,7 +712,7 @@ def parse_args(argv=None):
     if args.noise_p is not None or args.outlier_p is not None:
         args.corruptions = [(args.noise_p or 0.0, args.noise_std or 0.0, args.outlier_p or 0.0)]
     # The corruption whose sampling paths, score fields, attacks and directions are shown
-    args.shown = args.corruptions[min(2, len(args.corruptions) - 1)]
+    args.shown = args.corruptions[:3][-1]
     return args
 
 
@@ -743,7 +721,7 @@ def main(argv=None):
     args = parse_args(argv)
     print(f"output {args.out}", flush=True)
     tasks = plan(args)
-    if any(task.data == "subspace" for task in tasks):
+    if args.experiment in ("subspace", "all"):
         image_subspace(args.data_dir, args.rank)  # a bad folder is told before the work
     check_writable(args.out / "toy.json")
     rows, pictures = {}, {}
