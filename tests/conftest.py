@@ -92,6 +92,7 @@ def mistake(in_process, capsys):
             status = end.code
         error = capsys.readouterr().err
         assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+        assert len(error) < 450
         return error
 
     return run_main

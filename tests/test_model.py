@@ -119,8 +119,7 @@ def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch):
         read_checkpoint(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------
-# diffusers
+# ---------- diffusers
 
 CONFIG = {"image_size": 16, "in_channels": 3, "channels": 8, "mult": (1, 2), "blocks": 1,
           "attention": (8,), "dropout": 0.1, "T": 1000, "schedule": "linear"}

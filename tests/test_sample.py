@@ -12,8 +12,8 @@ from PIL import Image
 from conftest import finish, fork
 from losses import Diffusion
 from sample import (UserError, clean_images, denoise_step, draw_images, image_noise,
-                    noise_estimate, read_json, run_cli, sample, save_grid, seed_for, step_pairs,
-                    timesteps, to_uint8)
+                    noise_estimate, read_json, sample, save_grid, seed_for, step_pairs, timesteps,
+                    to_uint8)
 from train import load_images
 
 MEAN, VAR = 0.3, 0.25
@@ -32,26 +32,22 @@ def ideal(diffusion):
 def exact_moments(sampler, steps, spacing="respaced"):
     """Mean and variance of the sampler's output, step by step: with `ideal` each is affine."""
     alpha_bar = Diffusion().alpha_bar.numpy()
-    chosen = np.linspace(999, 0, steps).round().astype(int)
     mean, var = 0.0, 1.0
-    for i, t in enumerate(chosen):
-        prev = chosen[i + 1] if i + 1 < steps else -1
-        prev = t - 1 if spacing == "naive" else prev
+    for t, prev in step_pairs(1000, steps, spacing):
         a, a_prev = alpha_bar[t], alpha_bar[prev] if prev >= 0 else 1.0
         k = np.sqrt(a) * VAR / (a * VAR + 1 - a)
         b = MEAN * (1 - k * np.sqrt(a))
+        weight, keep, noise = 1.0, 0.0, 0.0
         if sampler == "ddim":
             # d/dx and offset of sqrt(a') x0hat + sqrt(1-a') (x - sqrt(a) x0hat) / sqrt(1-a)
             ratio = np.sqrt((1 - a_prev) / (1 - a))
-            weight, keep, noise = np.sqrt(a_prev) - ratio * np.sqrt(a), ratio, 0.0
-        else:
+            weight, keep = np.sqrt(a_prev) - ratio * np.sqrt(a), ratio
+        elif prev >= 0:
             # Bayes: x_prev given x_t and x0hat, from precisions
             alpha = a / a_prev
-            noise = 1 / (alpha / (1 - alpha) + 1 / max(1 - a_prev, 1e-30))
+            noise = 1 / (alpha / (1 - alpha) + 1 / (1 - a_prev))
             keep = noise * np.sqrt(alpha) / (1 - alpha)
-            weight = noise * np.sqrt(a_prev) / max(1 - a_prev, 1e-30)
-            if prev < 0:
-                weight, keep, noise = 1.0, 0.0, 0.0
+            weight = noise * np.sqrt(a_prev) / (1 - a_prev)
         gain = weight * k + keep
         mean, var = gain * mean + weight * b, gain**2 * var + noise
     return mean, var
@@ -274,12 +270,12 @@ def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mist
     in_process(*clean)
     assert "2 of 2 images are there" in capsys.readouterr().out
     assert "noise_std differ" in mistake(*clean, "--noise_std", 0.2)
-    assert "take another --out" in mistake(*clean, "--out", photos, "--overwrite")
+    assert "take another" in mistake(*clean, "--out", photos, "--overwrite")
     in_process(*clean, "--noise_std", 0.2, "--overwrite")
 
 
 @pytest.mark.parametrize("line, words", [
-    ("nowhere", "no checkpoint at nowhere"),
+    ("no\nwhere" + 9 * f"/{99 * 'x'}", "no checkpoint at no where/x"),
     ("RUN --steps 1001", "T = 1000"),
     ("RUN --num 0", "--num"),
     ("RUN --sampler euler", "invalid choice"),
@@ -289,16 +285,6 @@ def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mist
 ])
 def test_a_mistake_ends_in_one_line(line, words, run, mistake):
     assert words in mistake("sample", *line.replace("RUN", str(run)).split(" "))
-
-
-def test_a_long_message_of_two_lines_is_one_short_line(capsys):
-    def shout():
-        raise UserError("a name\nof two lines " + 1000 * "x")
-
-    with pytest.raises(SystemExit):
-        run_cli(shout)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and len(error) < 450
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"sampler"', "[" * 100_000])
