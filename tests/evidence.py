@@ -26,8 +26,10 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -55,15 +57,24 @@ COLUMNS = {
     "clean": ("clean data", {}),
     "noise.1": ("90 % noisy, std .1", {"noise_p": 0.9, "noise_std": 0.1}),
     "noise.2": ("90 % noisy, std .2", {"noise_p": 0.9, "noise_std": 0.2}),
+    "all.2": ("100 % noisy, std .2", {"noise_p": 1, "noise_std": 0.2}),
+    "blurred": ("90 % noisy, std .2, correlated",
+                {"noise_p": 0.9, "noise_std": 0.2, "noise_blur": 1}),
     "outliers": ("10 % outliers", {"outlier_p": 0.1}),
+    "strangers": ("10 % photographs (CIFAR-10, grey)", {"outlier_p": 0.1, "outlier_dir": "cifar10"}),
     # As many images as noise.2 leaves clean, a draw of their own, measured against all of them.
     "tenth": ("6000 clean images alone", {"limit": 6000}),
     "few": ("200 clean images", {"limit": 200}),
     "cifar10": ("CIFAR-10, 90 % noisy, std .2",
                 {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2}),
 }
+# What a user would set --filter to who knows only the quantiles that the start of a run prints: half
+# the median; among outliers, of which a tenth is far away, a value in the gap.
+FILTER = {"clean": 0.008, "noise.1": 0.064, "noise.2": 0.11, "all.2": 0.11, "blurred": 0.036,
+          "outliers": 0.2, "strangers": 0.011}
 LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
 # `init_from` names another row: its network is trained for 80 % of the steps and then fine-tuned.
+# `stop` is a flag of evaluate.py's: the row's run is that of `of`.
 ROWS = {
     "dsm": ("dsm (plain)", {"mode": "dsm"}),
     "random": ("random", {"mode": "random"}),
@@ -77,6 +88,10 @@ ROWS = {
     "adv_l2_share": ("adv, l2, random 30 %", {**SHARE, "ascent_norm": "l2"}),
     "adv_epsilon_share": ("adv, reading epsilon, random 30 %", {**SHARE, "reading": "epsilon"}),
     "invariant_share": ("invariant, random 30 %", {"mode": "invariant", "reg_share": 0.3}),
+    "filter": ("dsm on images of low noise estimate", {"mode": "dsm", "filter": "own"}),
+    "aware": ("noise-aware, by estimates", {"mode": "aware", "filter": "own"}),
+    "ip": ("DDPM-IP", {"mode": "ip"}),
+    "dsm_stop": ("dsm, sampling stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
@@ -106,6 +121,8 @@ STUDIES = {
     "frontier": ("quality", ["noise.2"], [row for row in ROWS if "late" not in row], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
+    "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
+               ["dsm", "adv_low", "filter", "aware", "dsm_stop", "ip", "random", "adv"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
     "denoise": ("denoise", ["noise.2"], ["dsm", "adv_low"], [0], 1000),
@@ -120,9 +137,15 @@ STUDIES = {
 LABELS = {name: label for name, (label, _) in (COLUMNS | ROWS).items()}
 
 
+def run_of(row):
+    """The row whose training this row measures."""
+    return ROWS[row][1].get("of", row)
+
+
 def units(row):
     """Forward-units of a training step of the row, in the mean over a run."""
-    settings = dict(ROWS[row][1])
+    settings = dict(ROWS[run_of(row)][1])
+    settings.pop("filter", None)
     start = settings.pop("init_from", None)
     own = forward_units(settings.pop("mode"), Perturbation(**settings))
     return 0.8 * units(start) + 0.2 * own if start else own
@@ -202,6 +225,7 @@ def classifier(dataset, args):
 # ---------- Runs
 
 running = set()
+training = defaultdict(Lock)  # Rows of one run wait for each other.
 
 
 def call(script, *argv, log):
@@ -238,6 +262,10 @@ def train(column, row, steps, seed, folder, args):
     """Train a run to `steps`, as far as that is not done, and first what it starts from."""
     flags = {"dataset": FASHION, **COLUMNS[column][1], **ROWS[row][1], "seed": seed}
     flags |= {"device": args.device, **source(flags["dataset"], args)}
+    if "filter" in flags:
+        flags["filter"] = FILTER[column]
+    if "outlier_dir" in flags:
+        flags["outlier_dir"] = args.cifar10_dir or ROOT / "data/cifar10"
     start = flags.pop("init_from", None)
     if start:
         first = steps * 4 // 5
@@ -262,8 +290,9 @@ def result_path(column, row, seed, args):
     """Where the figures of a run are, once it is done."""
     num = min(args.num, COMMANDS[args.command][1])
     # A late start fits one number of steps: that of another number does not go on from it.
-    name = f"{row}_{args.steps}" if "init_from" in ROWS[row][1] else row
-    return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}.json"
+    name = f"{row}_{args.steps}" if "init_from" in ROWS[row][1] else run_of(row)
+    stop = f"-stop{ROWS[row][1]['stop']}" if "stop" in ROWS[row][1] else ""
+    return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}{stop}.json"
 
 
 def run_one(column, row, seed, args):
@@ -274,11 +303,14 @@ def run_one(column, row, seed, args):
     folder, made_at = path.parent, commit()
     print(f"{column} {row} {seed}: begun", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    train(column, row, args.steps, seed, folder, args)
+    with training[folder]:
+        train(column, run_of(row), args.steps, seed, folder, args)
     extra, most, _ = COMMANDS[args.command]
     dataset = COLUMNS[column][1].get("dataset", FASHION)
     flags = {"num": min(args.num, most), "seed": seed, "json": path, "device": args.device,
              **source(dataset, args)}
+    if "stop" in ROWS[row][1]:
+        flags["stop"] = ROWS[row][1]["stop"]
     if args.command == "memorization":
         flags["holdout"] = dataset
     elif args.command != "denoise":

@@ -114,6 +114,11 @@ def test_other_training_sets_and_commands(calls, fashion, tmp_path):
     assert calls[1][1]["holdout"] == "fashion_mnist" and calls[1][1]["features"] == "pixels"
     drive(fashion, tmp_path, "cifar10", "--rows", "dsm", "--cifar10_dir", tmp_path)
     assert calls[2][1]["dataset"] == "cifar10" and calls[2][1]["data_dir"] == tmp_path
+    drive(fashion, tmp_path, "answer", "--columns", "strangers", "--rows", "aware,dsm,dsm_stop",
+          "--cifar10_dir", tmp_path)
+    aware, _, plain, whole, stopped = (flags for _, flags in calls[4:])
+    assert aware["filter"] == evidence.FILTER["strangers"] and aware["outlier_dir"] == tmp_path
+    assert (whole["stop"], stopped["stop"]) == (0, 0.2) and stopped["samples"] == [plain["out"]]
 
 
 def test_record_replaces_what_was_typed_back(calls, fashion, tmp_path, capsys):
