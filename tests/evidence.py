@@ -480,37 +480,44 @@ def markdown(head, lines):
 
 
 def picture(args):
-    """The images of the first column and seed, one run below the other, as one labelled PNG.
+    """The images of the first seed as one labelled PNG: a row for each run, a column for each set.
 
     The attack's have a row for each attack; above the others are the training images.
     """
-    parts, width = [], 802  # Of 16 tiles; evaluate.py's labels on the left of these are cut off.
-    for row in args.rows:
-        result = result_path(args.columns[0], row, args.seeds[0], args)
+    tiles, margin, head = 16 // len(args.columns), 190, 20 * (len(args.columns) > 1)
+    width, pen = 50 * tiles + 2, {"fill": "black", "font": ImageFont.load_default(13)}
+    strips = {}  # {label: {number of the column: image}}
+    for row, (i, column) in itertools.product(args.rows, enumerate(args.columns)):
+        result = result_path(column, row, args.seeds[0], args)
         if not result.exists():
             continue
         names = [LABELS[row]]
         if args.command == "attack":
-            attacks = json.loads(result.read_text())["rows"]
-            names = [f"{LABELS[row]}:\n{one['attack']}" for one in attacks]
-        elif not parts:
+            names = [f"{names[0]}:\n{one['attack']}"
+                     for one in json.loads(result.read_text())["rows"]]
+        else:
             # The first two rows of train.py's picture, eight tiles each, as one row.
             data = Image.open(result.parent / "data.png")
-            strip = Image.new("RGB", (width, 52), "white")
+            strip = Image.new("RGB", (802, 52), "white")
             strip.paste(data.crop((0, 0, 402, 52)), (0, 0))
             strip.paste(data.crop((0, 50, 402, 102)), (400, 0))
-            parts.append((["training data"], strip))
-        parts.append((names, Image.open(result.with_suffix(".png"))))
-    if not parts:
+            strips.setdefault("training data", {}).setdefault(i, strip)
+        part = Image.open(result.with_suffix(".png"))
+        for k, name in enumerate(names):  # evaluate.py's own labels, on the left, are cut off.
+            box = (part.width - 802, 50 * k, part.width, 50 * k + 52)
+            strips.setdefault(name, {})[i] = part.crop(box)
+    if not strips:
         raise UserError(f"no pictures of {args.study} in {args.out}")
-    margin, top = 190, 0
-    whole = Image.new("RGB", (margin + width, sum(part.height for _, part in parts)), "white")
-    for names, part in parts:
-        whole.paste(part.crop((part.width - width, 0, part.width, part.height)), (margin, top))
-        for k, name in enumerate(names):
-            ImageDraw.Draw(whole).text((4, top + 50 * k + 26), name, "black",
-                                       ImageFont.load_default(13), anchor="lm")
-        top += part.height
+    whole = Image.new("RGB", (margin + len(args.columns) * (width + 8) - 8,
+                              head + 52 * len(strips)), "white")
+    draw, top = ImageDraw.Draw(whole), head
+    for i, column in enumerate(args.columns if head else ()):
+        draw.text((margin + i * (width + 8), 2), LABELS[column], **pen)
+    for name, parts in strips.items():
+        draw.text((4, top + 26), name, anchor="lm", **pen)
+        for i, part in parts.items():
+            whole.paste(part.crop((0, 0, width, 52)), (margin + i * (width + 8), top))
+        top += 52
     whole.save(args.picture, optimize=True)
 
 

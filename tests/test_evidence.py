@@ -146,6 +146,9 @@ def test_pictures_have_the_training_data_and_each_run(calls, fashion, tmp_path):
     drive(fashion, tmp_path, "headline", "--rows", "dsm,adv", "--seeds", 0)
     drive(fashion, tmp_path, "headline", "--seeds", 0, "--picture", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (190 + 802, 3 * 52)
+    drive(fashion, tmp_path, "headline", "--seeds", 0, "--columns", "noise.2,clean", "--picture",
+          tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (190 + 2 * 402 + 8, 20 + 3 * 52)
 
 
 def test_the_committed_results_are_rendered_and_complete():
