@@ -125,7 +125,7 @@ STUDIES = {
                ["dsm", "adv_low", "filter", "aware", "dsm_stop", "ip", "random", "adv"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
-    "denoise": ("denoise", ["noise.2"], ["dsm", "adv_low"], [0], 1000),
+    "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 1000),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
     "headline": ("quality", ["noise.2"], ["dsm", "random", "adv", "adv_low", "adv_share",
                                           "adv_late", "adv_late_share"], [0, 1], 5000),
@@ -311,6 +311,8 @@ def run_one(column, row, seed, args):
              **source(dataset, args)}
     if "stop" in ROWS[row][1]:
         flags["stop"] = ROWS[row][1]["stop"]
+    if args.command == "denoise" and dataset == "cifar10" and args.cifar10_test:
+        flags["data_dir"] = args.cifar10_test
     if args.command == "memorization":
         flags["holdout"] = dataset
     elif args.command != "denoise":
@@ -545,6 +547,7 @@ def parse_args(argv=None):
     flag("--device", default="auto", help="of training and measuring")
     flag("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
     flag("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
+    flag("--cifar10_test", help="its test images, where --cifar10_dir has none: for denoise")
     flag("--cache_dir", help="folder of the decoded images; else beside the data")
     flag("--out", type=Path, default=Path("out/evidence"), help="folder of the runs")
     args = p.parse_args(argv)
