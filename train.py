@@ -101,10 +101,7 @@ def open_idx(files):
 
 def open_lsun(files):
     """LSUN's lmdb: (items, read). torchvision's reader pickles its keys into the current folder."""
-    try:
-        import lmdb
-    except ImportError as error:
-        raise UserError(f"{files[0]}: reading LSUN needs lmdb (pip install lmdb)") from error
+    import lmdb
     base = lmdb.open(str(files[0].parent), readonly=True, lock=False)
     with base.begin() as transaction:
         keys = list(transaction.cursor().iternext(values=False))
@@ -130,19 +127,15 @@ PUBLISHED = {
 def published_files(dataset, root, split):
     """The files of a published format below `root`, [] without; UserError: not just one set."""
     names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
-    sets = {}
-    for file in find_files(root) if names and root.is_dir() else [root]:
-        for name in names:
-            if f"/{file.as_posix()}".endswith(f"/{name}"):
-                folder = file.parents[name.count("/")]
-                sets.setdefault(folder.resolve(), {})[name] = file
-    if len(sets) > 1:
-        raise UserError(f"several copies of {dataset}, in {' and '.join(map(str, sets))}: name one")
-    found = next(iter(sets.values()), {})
-    absent = [name for name in names if found and name not in found]
-    if absent:
-        raise UserError(f"{absent[0]} of {dataset} is missing beside {min(found.values())}")
-    return [found[name] for name in names if found]
+    files = find_files(root) if names and root.is_dir() else [root]
+    found = [file for name in names for file in files if f"/{file.as_posix()}".endswith(f"/{name}")]
+    folders = {str(file.parent) for file in found}
+    if len(folders) > 1:
+        raise UserError(f"several copies of {dataset}, in {' and '.join(folders)}: name one")
+    if 0 < len(found) < len(names):
+        absent = set(names) - {file.name for file in found}
+        raise UserError(f"{min(absent)} of {dataset} is missing beside {found[0]}")
+    return found
 
 
 def open_source(dataset, root, split="train"):
@@ -171,25 +164,20 @@ def find_source(dataset, data_dir=None, split="train"):
 
     Raises UserError for one that is not there, or that torchvision cannot fetch.
     """
-    root = Path(data_dir or f"data/{dataset}")
     if data_dir:
-        with user_errors(OSError, prefix=f"{root}: "):
-            root.stat()
+        return open_source(dataset, Path(data_dir), split)
+    root = Path(f"data/{dataset}")
+    with contextlib.suppress(UserError):  # Not there, or half a download.
         return open_source(dataset, root, split)
-    if root.exists():
-        with contextlib.suppress(UserError):  # Half a download is no data set yet.
-            return open_source(dataset, root, split)
     makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
     if dataset not in makers:
         raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
     print(f"downloading {dataset} to {root}", flush=True)
-    try:
+    # Network, quota, a missing helper package: all end alike.
+    with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
+                                       "name its folder or zip with --data_dir: "):
         from torchvision import datasets
         getattr(datasets, makers[dataset])(root, download=True)
-    except Exception as error:  # Network, quota, a missing helper package: all end alike.
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise UserError(f"{dataset} could not be downloaded ({reason}): fetch it by hand and name "
-                        "its folder or zip with --data_dir") from error
     return open_source(dataset, root, split)
 
 
@@ -248,11 +236,7 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
         if not cache.exists():
             write_atomically(cache, decode)
         with user_errors(Exception, prefix=f"{cache} is damaged, delete it: "):
-            images = np.load(cache, mmap_mode="r")
-            shape = len(source.items), in_channels, image_size, image_size
-            if (images.dtype, images.shape) != (np.uint8, shape):
-                raise ValueError(f"it holds {images.dtype} {images.shape}")
-            return images
+            return np.load(cache, mmap_mode="r")
 
 
 def data_identity(*sources):
@@ -366,10 +350,8 @@ def permutation(seed, epoch, n):
 
 def batch_index(step, batch_size, n, seed):
     """Indices of the global batch of a step: an endless row of shuffled passes, cut to size."""
-    position = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = position // n
-    return np.concatenate([permutation(seed, int(e), n)[position[epochs == e] % n]
-                           for e in np.unique(epochs)])
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([permutation(seed, k // n, n)[k % n] for k in positions])
 
 
 # ---------- Settings: default < preset of the data set < a stored run's < flag
@@ -481,10 +463,11 @@ def make_parser(dataset="shapes"):
     flag("--save_every", type=natural, default=5000, help="a checkpoint; always one at the end")
     flag("--keep", type=count, default=1, help="the newest so many stay, as ckpt_<step>.pt")
 
-    flag = p.add_argument_group("run folder").add_argument
+    group = p.add_argument_group("run folder")
+    flag, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     flag("--out", type=a_path, help="where it is; else out/<dataset>-<mode>")
-    flag("--resume", action="store_true", help="go on from its checkpoint, with its settings")
-    flag("--overwrite", action="store_true", help="replace the run that is there")
+    either("--resume", action="store_true", help="go on from its checkpoint, with its settings")
+    either("--overwrite", action="store_true", help="replace the run that is there")
     flag("--new_data", action="store_true", help="resume although the data has changed")
     p.set_defaults(**PRESETS[dataset])
     return p
@@ -506,31 +489,21 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     given = make_parser().parse_args([word for word in argv if word not in ("-h", "--help")])
     out = given.out or Path(f"out/{given.dataset}-{given.mode}")
-    if given.resume and given.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite replaces it: which of them?")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
-    # A run that was killed before its first checkpoint has left a lock.
-    anew = given.resume and (out / ".lock").exists() and not [*out.glob("ckpt*.pt")]
-    if anew:
-        print(f"{out} has no checkpoint yet: starting anew", flush=True)
-    resume = given.resume and not anew
-    saved, stored, start = None, {}, out if resume else given.init_from
+    p, saved, start = make_parser(given.dataset), None, out if given.resume else given.init_from
     if start:
         with user_errors(ValueError):
             saved = read_checkpoint(start)
-        stored = saved["config"]
-    p = make_parser(given.dataset)
-    kept = {*FIXED, "dropout"}
-    if resume:
-        kept = {action.dest for action in p._actions} - set(SESSION)
-    p.set_defaults(**{key: value for key, value in stored.items() if key in kept})
+        p.set_defaults(**{key: value for key, value in saved["config"].items()
+                          if given.resume or key in (*FIXED, "dropout")})
     args = p.parse_args(argv)
-    args.out, args.resume, args.overwrite = out, resume, args.overwrite or anew
+    args.out = out
 
-    for key in FIXED:
-        if saved and getattr(args, key) != stored.get(key):
-            raise UserError(f"--{key} {getattr(args, key)}: the checkpoint has {stored.get(key)}")
+    for key in FIXED if saved else ():
+        value, stored = getattr(args, key), saved["config"].get(key)
+        if value != stored:
+            raise UserError(f"--{key} {value}: the checkpoint has {stored}")
     if args.dataset == "shapes" and args.data_dir:
         raise UserError("--data_dir: the data set shapes is drawn; say which --dataset it is")
     for folder in filter(None, (args.data_dir, args.outlier_dir)):
@@ -728,20 +701,18 @@ def main(argv=None):
 
     # --- settings: whatever can be wrong is found before anything is written
 
-    resumed = saved if args.resume else None
-    start = resumed["step"] if resumed else 0
+    start = saved["step"] if args.resume else 0
     parts = world * cfg.accum  # Each takes every parts-th image of a batch.
-    with agreed(world):
-        there = run_files(out) if lead and not resumed else []
-        if there and not is_run(out):
-            raise UserError(f"{there[0]} is of no run that could be replaced: take another --out")
-        if there and not args.overwrite:
-            raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
-        if start >= cfg.steps:
-            raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
-        if cfg.batch_size % parts:
-            raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
-                            f"x {cfg.accum} parts")
+    there = [] if args.resume else run_files(out)
+    if there and not is_run(out):
+        raise UserError(f"{there[0]} is of no run that could be replaced: take another --out")
+    if there and not args.overwrite:
+        raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
+    if start >= cfg.steps:
+        raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
+    if cfg.batch_size % parts:
+        raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
+                        f"x {cfg.accum} parts")
 
     # --- data: fetched and decoded by one process a machine while the others wait
 
@@ -757,7 +728,7 @@ def main(argv=None):
     with agreed(world):
         loaded = load() if local == 0 else None
     images, spoil, data = loaded or load()
-    before = resumed.get("data", data) if resumed else data
+    before = saved.get("data", data) if args.resume else data
     if before != data and not args.new_data:
         raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
                         f"{data['files']}): --new_data accepts it")
@@ -782,8 +753,8 @@ def main(argv=None):
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         diffusion = Diffusion(cfg.T, cfg.schedule, device)
         if saved:
-            begun_from = out if resumed else cfg.init_from
-            load_weights(net, saved["model" if resumed else "ema"], begun_from)
+            begun_from = out if args.resume else cfg.init_from
+            load_weights(net, saved["model" if args.resume else "ema"], begun_from)
             load_weights(ema, saved["ema"], begun_from)
     weights, averages = list(net.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, cfg.lr, fused=True)
@@ -794,17 +765,17 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16,
                               enabled=amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    if resumed:
+    if args.resume:
         with user_errors(KeyError, TypeError, ValueError, RuntimeError,
                          prefix=f"{out}: its optimiser does not fit its config: "):
-            optimizer.load_state_dict(resumed["optimizer"])
-            if resumed["scaler"]:
-                scaler.load_state_dict(resumed["scaler"])
-        stored = resumed["config"]
+            optimizer.load_state_dict(saved["optimizer"])
+            if saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
+        stored = saved["config"]
         changed = [f"{key} {stored.get(key)} -> {value}" for key, value in vars(cfg).items()
                    if stored.get(key) != value]
         say("; ".join([f"resuming at step {start:,}", *changed]))
-    del saved, resumed
+    del saved
     fields = Perturbation.__dataclass_fields__.keys() & vars(cfg)
     perturbation = Perturbation(**{key: getattr(cfg, key) for key in fields})
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
@@ -845,8 +816,6 @@ def main(argv=None):
         if args.resume:
             drop_beyond(out, start)
         write_json(out / "config.json", vars(cfg))
-
-    def show_data():
         some = np.linspace(0, len(chosen) - 1, min(64, len(chosen))).astype(int)
         save_grid(to_uint8(training_images(images, chosen[some], spoil)), out / "data.png")
 
@@ -923,8 +892,6 @@ def main(argv=None):
             good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
             raise UserError(f"the loss, its gradient or the prediction is not finite at step "
                             f"{step - len(recent) + 1 + bad}; last good checkpoint: {good}")
-        if first and lead:
-            claim()
         if logs or first or last:
             spent = (time.perf_counter() - mark) / len(recent)
             means = table.where(table.isfinite(), math.nan).nanmean(0).tolist()
@@ -932,16 +899,16 @@ def main(argv=None):
                    "img_s": cfg.batch_size / spent, "s_step": spent,
                    "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
             say(log_line(row, cfg.steps))
+        tic = time.perf_counter()
+        if first and lead:
+            claim()
         # The log before the checkpoint: a resumed run drops the lines past its step.
         if (logs or last) and lead:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(finite(row)) + "\n")
-        tic = time.perf_counter()
         if saves and lead:
             save()
         kept = step if saves else kept
-        if first and lead:
-            show_data()
         if draws and lead:
             draw()
         if lead and (draws or last):

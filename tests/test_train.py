@@ -325,8 +325,8 @@ def test_a_signal_saves_and_exits_unless_nohup_ignores_it(name, ignored, tmp_pat
     assert checkpoint(tmp_path)["step"] == logged(tmp_path)[-1] == (3 if ignored else 2)
 
 
-def test_a_second_signal_ends_at_once_and_a_run_without_checkpoint_starts_anew(
-        tmp_path, at_step, in_process, mistake, monkeypatch, capsys):
+def test_a_second_signal_ends_at_once_and_two_runs_never_write_one_folder(
+        tmp_path, at_step, in_process, mistake, monkeypatch):
     def interrupt_twice():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
@@ -338,9 +338,9 @@ def test_a_second_signal_ends_at_once_and_a_run_without_checkpoint_starts_anew(
     monkeypatch.undo()
     # Meanwhile nobody else writes there.
     seen = []
-    at_step(1, lambda: seen.extend((capsys.readouterr().out, mistake("train", *flags))))
-    in_process("train", *flags, "--resume")
-    assert "starting anew" in seen[0] and "another process writes to" in seen[1]
+    at_step(1, lambda: seen.append(mistake("train", *flags)))
+    in_process("train", *flags)
+    assert "another process writes to" in seen[0]
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
@@ -489,9 +489,6 @@ def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
         decoded.write_bytes(decoded.read_bytes()[:50])
         with pytest.raises(UserError, match="is damaged, delete it"):
             load_images("folder", 8, 3, source, cache)
-    np.save(decoded, np.zeros((3, 3, 8, 5), np.int8))
-    with pytest.raises(UserError, match="is damaged, delete it: it holds int8"):
-        load_images("folder", 8, 3, source, cache)
     (folder / "6.png").write_bytes(picture((60, 0, 0)))
     assert len(load_images("folder", 8, 3, folder)) == 4
 
@@ -654,7 +651,7 @@ def places(tmp_path_factory):
     ("--batch_size 9 --accum 2", "does not divide"),
     ("--device abacus", "device abacus"),
     ("--resume --out DIR/empty", "no checkpoint at"),
-    ("--resume --overwrite", "which of them"),
+    ("--resume --overwrite", "not allowed with"),
     ("--out ", "the path is empty"),
     (f"--out {300 * 'x'}", "too long"),
     ("--out DIR/false.zip", "is a file"),
@@ -675,7 +672,7 @@ def test_no_network_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
-    with pytest.raises(UserError, match=r"could not be downloaded \(.*failed\):.*--data_dir"):
+    with pytest.raises(UserError, match="could not be downloaded.*--data_dir: .*failed"):
         load_images("cifar10", 32, 3)
 
 
@@ -684,5 +681,5 @@ def test_defaults_are_those_of_the_data_set_and_of_the_paper(capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main(["--dataset", "cifar10", "-h"])
     assert "(800000)" in capsys.readouterr().out
-    config, fields = train.complete_config({}), vars(Perturbation())
+    config, fields = train.complete_config({"dataset": "cifar10"}), vars(Perturbation())
     assert {name: config[name] for name in fields} == fields
