@@ -509,8 +509,7 @@ def parse_args(argv=None):
     for folder in filter(None, (args.data_dir, args.outlier_dir)):
         if os.path.realpath(folder) == os.path.realpath(out):
             raise UserError(f"--out {out} is a folder of data: its pictures would become data")
-    if args.noise_p and not args.noise_std or (
-            args.noise_std not in (0, p.get_default("noise_std")) and not args.noise_p):
+    if bool(args.noise_p) != bool(args.noise_std):
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
     if args.outlier_dir and not args.outlier_p:
         raise UserError("--outlier_dir replaces the share --outlier_p of the images, and that is 0")
@@ -535,12 +534,12 @@ def run_files(out):
 
 
 def drop_beyond(out, step):
-    """Drop what a resumed run will make again: log lines, checkpoints and samples past `step`."""
+    """Drop what a run will make (again) from `step` on: log lines, checkpoints and samples."""
     kept = []
     log = out / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         # A kill may cut a line short.
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
@@ -551,8 +550,7 @@ def drop_beyond(out, step):
 
 def draw_curves(out):
     """curves.png from log.jsonl: the loss and its parts, the gradient's norm, the learning rate."""
-    log = out / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     sheet = Image.new("RGB", (3 * 320, 320), "white")
     for i, (title, names, scale) in enumerate((
             ("log10 of the loss", ("loss", "dsm", "reg"), np.log10),
@@ -563,8 +561,7 @@ def draw_curves(out):
         curves = {name: points for name, points in curves.items() if points}
         if curves:
             sheet.paste(draw_chart(curves, "step", title, size=320), (i * 320, 0))
-    if rows:
-        sheet.save(out / "curves.png")
+    sheet.save(out / "curves.png")
 
 
 def save_checkpoint(out, state, keep):
@@ -595,22 +592,6 @@ def still_sound(nets, diffusion, shape, device):
     x = torch.ones(2, *shape, device=device)
     with torch.compiler.set_stance("force_eager"):  # Not worth a graph of its own.
         return all(predict_eps(net, diffusion, x, t).square().sum().isfinite() for net in nets)
-
-
-@contextlib.contextmanager
-def agreed(world):
-    """An error that one rank meets in the block ends all of them, after the block."""
-    error = None
-    try:
-        yield
-    except UserError as met:
-        error = str(met)
-    errors = [error]
-    if world > 1:
-        errors = [None] * world
-        dist.all_gather_object(errors, error)
-    if any(errors):
-        raise UserError(next(filter(None, errors)))
 
 
 # ---------- Training
@@ -666,7 +647,7 @@ def log_line(row, steps):
 
 
 def any_rank(signals, world):
-    """The signal that this or another process has received, 0 without. It waits for no GPU."""
+    """The signal that any process has received, 0 without. It waits for them, but for no GPU."""
     number = torch.tensor(max(signals, default=0))
     if world > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -725,8 +706,10 @@ def main(argv=None):
             sources.append(find_source("folder", cfg.outlier_dir))
         return images, load_corruption(len(images), vars(cfg)), data_identity(*sources)
 
-    with agreed(world):
+    try:
         loaded = load() if local == 0 else None
+    finally:  # The others wait here. What could not be read, they then meet themselves.
+        any_rank([], world)
     images, spoil, data = loaded or load()
     before = saved.get("data", data) if args.resume else data
     if before != data and not args.new_data:
@@ -804,17 +787,15 @@ def main(argv=None):
 
     # --- run folder: claimed now, and written to once the first step has succeeded
 
-    with agreed(world), user_errors(OSError, prefix=f"--out {out}: "):
-        if lead:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(out)  # noqa: F841  held until the process ends
+    if lead:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(out)  # noqa: F841  held until the process ends
 
     def claim():
         remove_leftovers(out)
         for path in run_files(out) if args.overwrite else []:
             path.unlink()
-        if args.resume:
-            drop_beyond(out, start)
+        drop_beyond(out, start)
         write_json(out / "config.json", vars(cfg))
         some = np.linspace(0, len(chosen) - 1, min(64, len(chosen))).astype(int)
         save_grid(to_uint8(training_images(images, chosen[some], spoil)), out / "data.png")
@@ -900,19 +881,19 @@ def main(argv=None):
                    "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
             say(log_line(row, cfg.steps))
         tic = time.perf_counter()
-        if first and lead:
-            claim()
-        # The log before the checkpoint: a resumed run drops the lines past its step.
-        if (logs or last) and lead:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(finite(row)) + "\n")
-        if saves and lead:
-            save()
+        if lead:
+            if first:
+                claim()
+            if logs or last:  # Before the checkpoint: a resumed run drops the lines past its step.
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(finite(row)) + "\n")
+            if saves:
+                save()
+            if draws:
+                draw()
+            if draws or last:
+                draw_curves(out)
         kept = step if saves else kept
-        if draws and lead:
-            draw()
-        if lead and (draws or last):
-            draw_curves(out)
         mark += time.perf_counter() - tic  # A picture's time is not a step's.
         if logs or len(recent) >= 1000:
             recent, waited, mark = [], 0.0, time.perf_counter()
