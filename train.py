@@ -491,7 +491,8 @@ def parse_args(argv=None):
     out = given.out or Path(f"out/{given.dataset}-{given.mode}")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
-    p, saved, start = make_parser(given.dataset), None, out if given.resume else given.init_from
+    p, saved = make_parser(given.dataset), None
+    start = out if given.resume else given.init_from
     if start:
         with user_errors(ValueError):
             saved = read_checkpoint(start)
@@ -670,6 +671,8 @@ def catch_signals():
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
+    # --- settings: whatever can be wrong is found before anything is written
+
     args, saved = parse_args(argv)
     rank, local, world, device = setup_device(args.device)
     out, lead, cuda = args.out, rank == 0, device.type == "cuda"
@@ -679,8 +682,6 @@ def main(argv=None):
     say(f"output {out}")
     if world > 1:
         start_group(device)
-
-    # --- settings: whatever can be wrong is found before anything is written
 
     start = saved["step"] if args.resume else 0
     parts = world * cfg.accum  # Each takes every parts-th image of a batch.
@@ -773,13 +774,13 @@ def main(argv=None):
     say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
         f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
         f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
-    seen = noise
-    if seen is None:  # About 2000 of them say as much.
-        seen = own_noise(images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
+    # Without --filter about 2000 of them say as much.
+    seen = noise if cfg.filter else own_noise(
+        images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
     low, middle, high = seen.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    say(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)"
-        + (f"; --filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean"
-           if cfg.filter else ""))
+    say(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)")
+    if cfg.filter:
+        say(f"--filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean")
     say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
         f"compile {'on' if compiled else 'off'}")
@@ -799,12 +800,6 @@ def main(argv=None):
         write_json(out / "config.json", vars(cfg))
         some = np.linspace(0, len(chosen) - 1, min(64, len(chosen))).astype(int)
         save_grid(to_uint8(training_images(images, chosen[some], spoil)), out / "data.png")
-
-    def save():
-        save_checkpoint(out, {
-            "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "config": vars(cfg), "data": data}, cfg.keep)
 
     def draw():
         size = max(1, 64 * 64**2 // cfg.image_size**2)  # Large images need their memory.
@@ -888,7 +883,10 @@ def main(argv=None):
                 with open(out / "log.jsonl", "a") as file:
                     file.write(json.dumps(finite(row)) + "\n")
             if saves:
-                save()
+                save_checkpoint(out, {
+                    "model": net.state_dict(), "ema": ema.state_dict(), "step": step,
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                    "config": vars(cfg), "data": data}, cfg.keep)
             if draws:
                 draw()
             if draws or last:
