@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -236,7 +237,11 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
         if not cache.exists():
             write_atomically(cache, decode)
         with user_errors(Exception, prefix=f"{cache} is damaged, delete it: "):
-            return np.load(cache, mmap_mode="r")
+            images = np.load(cache, mmap_mode="r")
+            shape = len(source.items), in_channels, image_size, image_size
+            if (images.dtype, images.shape) != (np.uint8, shape):
+                raise ValueError(f"it holds {images.dtype} {images.shape}")
+            return images
 
 
 def data_identity(*sources):
@@ -423,6 +428,8 @@ def make_parser(dataset="shapes"):
          help="regularise only t below this share of T; .1 is recommended, at 3.5 units for 8")
     flag("--reg_share", type=some, default=own.reg_share,
          help="regularise a random share of each batch, which stands for all")
+    flag("--t_max", type=some, default=1.0,
+         help="train on t below this share of T alone: a model for sample.py's --expert")
     flag("--ip_gamma", type=size, default=own.ip_gamma, help="--mode ip: std of the second noise")
     flag("--detach_target", action=on_off, default=own.detach_target,
          help="no gradient through the unperturbed branch")
@@ -491,6 +498,11 @@ def parse_args(argv=None):
     out = given.out or Path(f"out/{given.dataset}-{given.mode}")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
+    # A run that was killed before its first checkpoint has left a lock.
+    anew = given.resume and (out / ".lock").exists() and not [*out.glob("ckpt*.pt")]
+    if anew:
+        print(f"{out} has no checkpoint yet: starting anew", flush=True)
+        given.resume = False
     p, saved = make_parser(given.dataset), None
     start = out if given.resume else given.init_from
     if start:
@@ -499,7 +511,7 @@ def parse_args(argv=None):
         p.set_defaults(**{key: value for key, value in saved["config"].items()
                           if given.resume or key in (*FIXED, "dropout")})
     args = p.parse_args(argv)
-    args.out = out
+    args.out, args.resume, args.overwrite = out, given.resume, args.overwrite or anew
 
     for key in FIXED if saved else ():
         value, stored = getattr(args, key), saved["config"].get(key)
@@ -762,6 +774,9 @@ def main(argv=None):
     del saved
     fields = Perturbation.__dataclass_fields__.keys() & vars(cfg)
     perturbation = Perturbation(**{key: getattr(cfg, key) for key in fields})
+    t_end = max(1, round(cfg.t_max * cfg.T))
+    if cfg.t_max < 1:  # The objective takes --reg_t as a share of the batch.
+        perturbation = replace(perturbation, reg_t=min(1, cfg.reg_t / cfg.t_max))
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
     compiled = cuda if cfg.compile is None else cfg.compile
     if compiled:
@@ -827,7 +842,7 @@ def main(argv=None):
         # and eps are drawn for the whole batch: they do not depend on the number of parts.
         torch.manual_seed(seed_for(STEP, cfg.seed, 0, step))
         flipped = torch.rand(cfg.batch_size, 1, 1, 1, device=device)[mine] < 0.5
-        t = stratified_t(cfg.batch_size, cfg.T, device)[mine]
+        t = stratified_t(cfg.batch_size, t_end, device)[mine]
         eps = torch.randn(cfg.batch_size, *images.shape[1:], device=device)[mine]
         if rank:
             torch.manual_seed(seed_for(STEP, cfg.seed, rank, step))

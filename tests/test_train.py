@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import losses
 import train
 from conftest import TINY, Bomb, finish, fork
 from losses import Perturbation
@@ -179,7 +180,7 @@ def test_a_resumed_run_changes_free_settings_and_refuses_fixed_ones(tmp_path, in
 
 
 def test_init_from_takes_weights_and_architecture_and_does_not_forget(tmp_path, in_process,
-                                                                      mistake):
+                                                                      mistake, monkeypatch):
     first, second = tmp_path / "plain", tmp_path / "adv"
     in_process("train", *SMALL, "--steps", 3, "--lr", "1e-2", "--out", first)
     begin = ["train", "--init_from", first, "--batch_size", 8, "--out", second]
@@ -193,6 +194,14 @@ def test_init_from_takes_weights_and_architecture_and_does_not_forget(tmp_path, 
     # It is a run like any other: resumed, it keeps to its own weights.
     in_process("train", "--resume", "--out", second, "--steps", 3)
     assert checkpoint(second)["config"]["init_from"] == str(first)
+    # An expert is trained on small t alone, of which all that --reg_t covers is regularised.
+    ends, low = [], []
+    monkeypatch.setattr(train, "stratified_t", lambda n, T, device: ends.append(T) or
+                        losses.stratified_t(n, T, device))
+    monkeypatch.setattr(train, "Objective", lambda *args: low.append(args[-1].reg_t) or
+                        losses.Objective(*args))
+    in_process(*begin, "--steps", 1, "--overwrite", "--t_max", 0.2, "--reg_t", 0.1)
+    assert (ends, low) == ([200], [0.5])
 
 
 def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
@@ -327,8 +336,8 @@ def test_a_signal_saves_and_exits_unless_nohup_ignores_it(name, ignored, tmp_pat
     assert checkpoint(tmp_path)["step"] == logged(tmp_path)[-1] == (3 if ignored else 2)
 
 
-def test_a_second_signal_ends_at_once_and_two_runs_never_write_one_folder(
-        tmp_path, at_step, in_process, mistake, monkeypatch):
+def test_a_second_signal_ends_at_once_and_a_run_without_checkpoint_starts_anew(
+        tmp_path, at_step, in_process, mistake, monkeypatch, capsys):
     def interrupt_twice():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
@@ -340,9 +349,9 @@ def test_a_second_signal_ends_at_once_and_two_runs_never_write_one_folder(
     monkeypatch.undo()
     # Meanwhile nobody else writes there.
     seen = []
-    at_step(1, lambda: seen.append(mistake("train", *flags)))
-    in_process("train", *flags)
-    assert "another process writes to" in seen[0]
+    at_step(1, lambda: seen.extend((capsys.readouterr().out, mistake("train", *flags))))
+    in_process("train", *flags, "--resume")
+    assert "starting anew" in seen[0] and "another process writes to" in seen[1]
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
@@ -490,6 +499,10 @@ def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
         assert load_images("folder", 4, 1, source, cache).shape == (3, 1, 4, 4)
         decoded.write_bytes(decoded.read_bytes()[:50])
         with pytest.raises(UserError, match="is damaged, delete it"):
+            load_images("folder", 8, 3, source, cache)
+        with open(decoded, "wb") as file:
+            np.save(file, np.zeros((3, 3, 8, 5), np.int8))
+        with pytest.raises(UserError, match="is damaged, delete it: it holds int8"):
             load_images("folder", 8, 3, source, cache)
     (folder / "6.png").write_bytes(picture((60, 0, 0)))
     assert len(load_images("folder", 8, 3, folder)) == 4
