@@ -31,10 +31,10 @@ from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps
                     radius_and_weight, random_omega, trajectory_attack)
 from model import diffusers_file
 from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, add_sampling_flags,
-                    check_writable, clean_images, comma_list, crop_resize, denoise_step,
-                    draw_images, finite, haar, image_noise, load_run, number, open_images,
-                    read_json, run_cli, save_grid, save_npz, seed_for, setup_device, step_pairs,
-                    ticker, user_errors, write_atomically, write_json)
+                    check_alike, check_writable, clean_images, comma_list, crop_resize,
+                    denoise_step, draw_images, finite, haar, image_noise, load_run, number,
+                    open_images, read_json, run_cli, save_grid, save_npz, seed_for, setup_device,
+                    step_pairs, ticker, user_errors, with_expert, write_atomically, write_json)
 from train import (PRESETS, choose_images, complete_config, find_source, limit_images,
                    load_corruption, load_images, training_images)
 
@@ -115,9 +115,9 @@ def load_reference(name, shape, args, about, config=None, key="reference", split
     return images
 
 
-def open_run(path, args, about, *steps):
+def open_run(path, args, about, *steps, expert=None):
     """`load_run`, its config complete, noted in the provenance; UserError for more steps than T."""
-    run = load_run(path, args.device, args.raw)
+    run = with_expert(load_run(path, args.device, args.raw), expert, args.device, args.raw)
     if max(steps, default=0) > run.diffusion.T:
         raise UserError(f"--steps {max(steps)}: the model was trained with T = {run.diffusion.T}")
     about.update(run.origin)
@@ -131,13 +131,13 @@ def load_samples(path, args, about):
     A run is drawn from by that function: after whatever can be wrong has been found.
     """
     if (path / "ckpt.pt").exists() or path.suffix == ".pt" or diffusers_file(path):
-        run = open_run(path, args, about, args.steps)
+        run = open_run(path, args, about, args.steps, expert=args.expert)
         about["num"] = args.num or 50_000
         return run.shape, lambda: draw(run, about["num"], args, "drawing", args.sampler, args.steps,
                                        args.spacing), run.config
     images = first_images(read_as_is(path), args.num, "samples")
     # The flags did not draw these; sample.py may have, and left a note.
-    about.update(dict.fromkeys(["sampler", "steps", "spacing", "stop", "seed", "raw"]))
+    about.update(dict.fromkeys(["sampler", "steps", "spacing", "stop", "expert", "seed", "raw"]))
     note = (path.parent if path.name == "samples.npz" else path) / "samples.json"
     about.update({key: value for key, value in read_json(note).items() if key != "sha256"})
     about["num"] = len(images)
@@ -611,15 +611,12 @@ def attack(args, about):
     Beside them the same seeds left alone, and pushed at random by the same norm. mse: to the images
     left alone, on the [-1, 1] scale. norm_min, norm_max: of the images' largest omegas.
     """
-    run = open_run(args.run, args, about, args.steps)
+    run = open_run(args.run, args, about, args.steps, expert=args.expert)
     attacks = {"none": None, "random": (run.net, 0), "white box": (run.net, args.attack_steps)}
     if args.surrogate:
         about["surrogate"] = {}
         other = open_run(args.surrogate, args, about["surrogate"])
-        for key in ("in_channels", "image_size", "T", "schedule"):
-            if other.config[key] != run.config[key]:
-                raise UserError(f"{args.surrogate}: its {key} is {other.config[key]}, that of "
-                                f"{args.run} is {run.config[key]}")
+        check_alike(run, other)
         attacks["transfer"] = (other.net, args.attack_steps)
     score, rows, strips = quality_scorer(args, run.shape, about, run.config), [], {}
     for name, how in attacks.items():

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 -- sample.py out/cifar10-adv --num 50000
     python sample.py out/cifar10-adv --denoise photos --noise_std 0.2
     python sample.py out/cifar10-adv --export cifar10-adv
+    python sample.py out/cifar10-dsm --expert out/expert   (of train.py --t_max: it draws the end)
 
 Image k depends on (--seed, k) and the weights alone: not on the batch size, nor on how many
 processes share the work (but for rounding: at times one level of 255). An interrupted run,
@@ -54,10 +55,13 @@ def run_cli(main):
     except OSError as error:  # A full disk, no permission, a long name, a folder that has moved.
         message = f"{error.filename or 'writing'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-                "can't allocate memory" not in str(error)):
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if memory or "can't allocate memory" in str(error):
+            message = "not enough memory: a smaller --batch_size, --num or network needs less"
+        elif "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
+            message = "another of the processes has ended, and says why"
+        else:
             raise
-        message = "not enough memory: a smaller --batch_size, --num or network needs less"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -663,6 +667,31 @@ def load_run(path, device="cpu", raw=False):
         "weights_sha256": digest.hexdigest()[:16]})
 
 
+def check_alike(run, other):
+    """UserError unless two runs have the same time steps and images of the same kind."""
+    for key in ("in_channels", "image_size", "T", "schedule"):
+        if other.config[key] != run.config[key]:
+            raise UserError(f"{other.origin['run']}: its {key} is {other.config[key]}, that of "
+                            f"{run.origin['run']} is {run.config[key]}")
+
+
+def with_expert(run, path, device, raw=False):
+    """A run with the network of another one, of `train.py --t_max U`, where t < U T; None: as it is.
+
+    Raises UserError for an expert that does not fit.
+    """
+    if path is None:
+        return run
+    expert = load_run(path, device, raw)
+    check_alike(run, expert)
+    end = expert.config.get("t_max", 1.0) * run.diffusion.T
+
+    def net(x, t):  # A batch that is drawn has one time step.
+        return (expert.net if t[0] < end else run.net)(x, t)
+
+    return run._replace(net=net, origin={**run.origin, "expert": expert.origin})
+
+
 # ---------- The command
 
 
@@ -674,6 +703,8 @@ def add_sampling_flags(flag):
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this")
+    flag("--expert", type=a_path,
+         help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
     flag("--raw", action="store_true", help="raw weights instead of the EMA")
     flag("--batch_size", type=number(int, 1), default=64,
@@ -697,6 +728,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.noise_std is not None and not args.denoise:
         raise UserError("--noise_std is the noise of the images to --denoise")
+    if args.export and args.expert:
+        raise UserError("--export writes one network: not with --expert")
     if args.denoise and (args.stop or args.spacing != "respaced"):
         raise UserError("--stop and --spacing are for drawing; --denoise knows neither")
     return args
@@ -786,7 +819,7 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
     rank, _, world, device = setup_device(args.device)
-    run = load_run(args.run, device, args.raw)
+    run = with_expert(load_run(args.run, device, args.raw), args.expert, device, args.raw)
     net, diffusion, shape, lead = run.net, run.diffusion, run.shape, rank == 0
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from conftest import finish, fork
 from losses import Diffusion
-from sample import (UserError, clean_images, denoise_step, draw_images, image_noise,
+from sample import (UserError, clean_images, denoise_step, draw_images, image_noise, load_run,
                     noise_estimate, read_json, sample, save_grid, seed_for, step_pairs, timesteps,
-                    to_uint8)
+                    to_uint8, with_expert)
 from train import load_images
 
 MEAN, VAR = 0.3, 0.25
@@ -272,6 +272,24 @@ def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mist
     assert "noise_std differ" in mistake(*clean, "--noise_std", 0.2)
     assert "take another" in mistake(*clean, "--out", photos, "--overwrite")
     in_process(*clean, "--noise_std", 0.2, "--overwrite")
+
+
+def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake):
+    saved, file = torch.load(run / "ckpt.pt", weights_only=True), tmp_path / "expert.pt"
+    saved["ema"] = {key: value + 0.01 for key, value in saved["ema"].items()}
+    for T in (500, 1000):
+        torch.save({**saved, "config": {**saved["config"], "t_max": 0.1, "T": T}}, file)
+        if T == 500:
+            assert "its T is 500" in mistake("sample", run, "--expert", file)
+    plain, expert = load_run(run), load_run(file)
+    both, x = with_expert(plain, file, "cpu"), torch.randn(2, 3, 16, 16)
+    for t, net in ((99, expert.net), (100, plain.net)):
+        t = torch.full((2,), t)
+        assert torch.equal(both.net(x, t), net(x, t))
+    in_process("sample", run, "--expert", file, "--num", 2, "--steps", 2, "--out", tmp_path / "a")
+    note = json.loads((tmp_path / "a/samples.json").read_text())
+    assert note["expert"]["weights_sha256"] == expert.origin["weights_sha256"]
+    assert "one network" in mistake("sample", run, "--expert", file, "--export", tmp_path / "b")
 
 
 @pytest.mark.parametrize("line, words", [
