@@ -94,6 +94,9 @@ ROWS = {
     "dsm_stop": ("dsm, sampling stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
+    # The start draws, but for t < T / 10, where the copy does.
+    "expert": ("dsm, an adv expert for the lowest tenth of t",
+               {"mode": "adv", "t_max": 0.1, "init_from": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
@@ -118,11 +121,12 @@ COMMANDS = {
 }
 # study: (command, columns, rows, seeds, training steps)
 STUDIES = {
-    "frontier": ("quality", ["noise.2"], [row for row in ROWS if "late" not in row], [0], 2000),
+    "frontier": ("quality", ["noise.2"], [row for row in ROWS if "init_from" not in ROWS[row][1]], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
-               ["dsm", "adv_low", "filter", "aware", "dsm_stop", "ip", "random", "adv"], [0], 2000),
+               ["dsm", "adv_low", "expert", "filter", "aware", "dsm_stop", "ip", "random", "adv"],
+               [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
     "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 1000),
@@ -145,7 +149,8 @@ def run_of(row):
 def units(row):
     """Forward-units of a training step of the row, in the mean over a run."""
     settings = dict(ROWS[run_of(row)][1])
-    settings.pop("filter", None)
+    for name in ("filter", "t_max"):
+        settings.pop(name, None)
     start = settings.pop("init_from", None)
     own = forward_units(settings.pop("mode"), Perturbation(**settings))
     return 0.8 * units(start) + 0.2 * own if start else own
@@ -319,7 +324,10 @@ def run_one(column, row, seed, args):
         flags["features"] = args.classifiers[dataset]
     if args.command != "denoise":
         flags["png"] = path.with_suffix(".png")
-    call("evaluate.py", args.command, folder, *extra.split(), *as_flags(flags),
+    run = folder
+    if "t_max" in ROWS[row][1]:
+        run, flags["expert"] = folder.with_name(f"{folder.name}-start"), folder
+    call("evaluate.py", args.command, run, *extra.split(), *as_flags(flags),
          log=f"{folder}.log")
     data = json.loads(path.read_text())
     data["provenance"]["commit"] = made_at
