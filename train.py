@@ -526,6 +526,8 @@ def parse_args(argv=None):
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
     if args.outlier_dir and not args.outlier_p:
         raise UserError("--outlier_dir replaces the share --outlier_p of the images, and that is 0")
+    if args.t_max < 1 and not args.init_from:
+        raise UserError("--t_max makes an expert of a trained model: name that by --init_from")
     if args.mode == "aware" and not args.filter:
         raise UserError("--mode aware needs --filter: an estimate below it counts as no noise")
     beta_max = args.beta_max or READINGS[args.reading][1]
@@ -923,6 +925,8 @@ def main(argv=None):
         other = "adv" if cfg.mode == "dsm" else "dsm"
         say(f"next: python train.py --mode {other}, and then python evaluate.py "
             "quality out/shapes-dsm out/shapes-adv --num 1000 --features pixels")
+    elif cfg.t_max < 1:
+        say(f"next: python sample.py {cfg.init_from} --expert {out}")
     else:
         say(f"next: python sample.py {out}")
 
