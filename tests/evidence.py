@@ -96,7 +96,7 @@ ROWS = {
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # The start draws, but for t < T / 10, where the copy does.
     "expert": ("dsm, an adv expert for the lowest tenth of t",
-               {"mode": "adv", "t_max": 0.1, "init_from": "dsm"}),
+               {"mode": "adv", "t_max": 0.1, "ema": 0.99, "init_from": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
@@ -149,7 +149,7 @@ def run_of(row):
 def units(row):
     """Forward-units of a training step of the row, in the mean over a run."""
     settings = dict(ROWS[run_of(row)][1])
-    for name in ("filter", "t_max"):
+    for name in ("filter", "t_max", "ema"):
         settings.pop(name, None)
     start = settings.pop("init_from", None)
     own = forward_units(settings.pop("mode"), Perturbation(**settings))
