@@ -94,9 +94,9 @@ ROWS = {
     "dsm_stop": ("dsm, sampling stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
-    # The start draws, but for t < T / 10, where the copy does.
+    # dsm draws, but for t < T / 10, where a copy does that is fine-tuned for a quarter of the steps.
     "expert": ("dsm, an adv expert for the lowest tenth of t",
-               {"mode": "adv", "t_max": 0.1, "ema": 0.99, "init_from": "dsm"}),
+               {"mode": "adv", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
@@ -121,7 +121,7 @@ COMMANDS = {
 }
 # study: (command, columns, rows, seeds, training steps)
 STUDIES = {
-    "frontier": ("quality", ["noise.2"], [row for row in ROWS if "init_from" not in ROWS[row][1]], [0], 2000),
+    "frontier": ("quality", ["noise.2"], [row for row in ROWS if "late" not in row and row != "expert"], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
@@ -147,13 +147,13 @@ def run_of(row):
 
 
 def units(row):
-    """Forward-units of a training step of the row, in the mean over a run."""
-    settings = dict(ROWS[run_of(row)][1])
-    for name in ("filter", "t_max", "ema"):
-        settings.pop(name, None)
-    start = settings.pop("init_from", None)
-    own = forward_units(settings.pop("mode"), Perturbation(**settings))
-    return 0.8 * units(start) + 0.2 * own if start else own
+    """Forward-units of a training step of the row, in the mean over a run; an expert's come on top."""
+    settings = ROWS[run_of(row)][1]
+    own = forward_units(settings["mode"], Perturbation(**{
+        key: settings[key] for key in Perturbation.__dataclass_fields__.keys() & settings}))
+    if "expert_of" in settings:
+        return units(settings["expert_of"]) + own / 4
+    return 0.8 * units(settings["init_from"]) + 0.2 * own if "init_from" in settings else own
 
 
 # ---------- The classifier whose features the distances take
@@ -271,31 +271,37 @@ def train(column, row, steps, seed, folder, args):
         flags["filter"] = FILTER[column]
     if "outlier_dir" in flags:
         flags["outlier_dir"] = args.cifar10_dir or ROOT / "data/cifar10"
-    start = flags.pop("init_from", None)
+    start, plain = flags.pop("init_from", None), flags.pop("expert_of", None)
+    if plain:
+        flags["init_from"] = folder.with_name(f"{plain}-{seed}")
+        train(column, plain, steps, seed, flags["init_from"], args)
+        steps //= 4
     if start:
         first = steps * 4 // 5
         flags["init_from"] = folder.with_name(f"{folder.name}-start")
         train(column, start, first, seed, flags["init_from"], args)
         steps -= first
-    saved = 0
-    if (folder / "ckpt.pt").exists():
-        with user_errors(ValueError):
-            saved = read_checkpoint(folder)["step"]
-        flags.pop("init_from", None)
-    if saved > steps:
-        raise UserError(f"{folder} is at step {saved}, beyond {steps}: studies of fewer steps come "
-                        "first, or take another --out")
-    if saved < steps:
-        how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
-        call("train.py", "--out", folder, "--steps", steps, *how, *as_flags(flags),
-             log=f"{folder}.log")
+    with training[folder]:
+        saved = 0
+        if (folder / "ckpt.pt").exists():
+            with user_errors(ValueError):
+                saved = read_checkpoint(folder)["step"]
+            flags.pop("init_from", None)
+        if saved > steps:
+            raise UserError(f"{folder} is at step {saved}, beyond {steps}: studies of fewer steps "
+                            "come first, or take another --out")
+        if saved < steps:
+            how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
+            call("train.py", "--out", folder, "--steps", steps, *how, *as_flags(flags),
+                 log=f"{folder}.log")
 
 
 def result_path(column, row, seed, args):
     """Where the figures of a run are, once it is done."""
     num = min(args.num, COMMANDS[args.command][1])
     # A late start fits one number of steps: that of another number does not go on from it.
-    name = f"{row}_{args.steps}" if "init_from" in ROWS[row][1] else run_of(row)
+    late = {"init_from", "expert_of"} & ROWS[row][1].keys()
+    name = f"{row}_{args.steps}" if late else run_of(row)
     stop = f"-stop{ROWS[row][1]['stop']}" if "stop" in ROWS[row][1] else ""
     return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}{stop}.json"
 
@@ -308,8 +314,7 @@ def run_one(column, row, seed, args):
     folder, made_at = path.parent, commit()
     print(f"{column} {row} {seed}: begun", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with training[folder]:
-        train(column, run_of(row), args.steps, seed, folder, args)
+    train(column, run_of(row), args.steps, seed, folder, args)
     extra, most, _ = COMMANDS[args.command]
     dataset = COLUMNS[column][1].get("dataset", FASHION)
     flags = {"num": min(args.num, most), "seed": seed, "json": path, "device": args.device,
@@ -325,8 +330,8 @@ def run_one(column, row, seed, args):
     if args.command != "denoise":
         flags["png"] = path.with_suffix(".png")
     run = folder
-    if "t_max" in ROWS[row][1]:
-        run, flags["expert"] = folder.with_name(f"{folder.name}-start"), folder
+    if "expert_of" in ROWS[row][1]:
+        run, flags["expert"] = folder.with_name(f"{ROWS[row][1]['expert_of']}-{seed}"), folder
     call("evaluate.py", args.command, run, *extra.split(), *as_flags(flags),
          log=f"{folder}.log")
     data = json.loads(path.read_text())

@@ -101,9 +101,10 @@ def test_a_late_start_is_initialised_from_a_plain_run(calls, fashion, tmp_path):
     assert (late["mode"], late["steps"], late["reg_share"]) == ("adv", 20, 0.3)
     assert late["init_from"] == plain["out"] != late["out"]
     drive(fashion, tmp_path, "answer", "--rows", "expert", "--columns", "clean", "--steps", 100)
-    _, (_, copy), (_, asked) = calls[3:]
-    assert (copy["t_max"], copy["steps"], asked["expert"]) == (0.1, 20, copy["out"])
-    assert asked["samples"] == [copy["init_from"]]
+    (_, plain), (_, copy), (_, asked) = calls[3:]
+    assert plain["steps"] == 100 and plain["out"].name == "dsm-0"
+    assert (copy["t_max"], copy["steps"], asked["expert"]) == (0.1, 25, copy["out"])
+    assert asked["samples"] == [copy["init_from"]] == [plain["out"]]
     # Stopped in its second part it goes on there.
     (late["out"] / "quality-100-2000.json").unlink()
     (late["out"] / "ckpt.pt").write_text("10")
