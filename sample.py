@@ -676,7 +676,7 @@ def check_alike(run, other):
 
 
 def with_expert(run, path, device, raw=False):
-    """A run with the network of another one, of `train.py --t_max U`, where t < U T; None: as it is.
+    """A run with the network of another, of `train.py --t_max U`, where t < U T; None: as it is.
 
     Raises UserError for an expert that does not fit.
     """

@@ -17,7 +17,6 @@ look at the features of a small classifier, OUT/classifier.pt, which is trained 
 labelled images. They compare with nothing published.
 """
 
-import argparse
 import gzip
 import itertools
 import json
@@ -61,15 +60,16 @@ COLUMNS = {
     "blurred": ("90 % noisy, std .2, correlated",
                 {"noise_p": 0.9, "noise_std": 0.2, "noise_blur": 1}),
     "outliers": ("10 % outliers", {"outlier_p": 0.1}),
-    "strangers": ("10 % photographs (CIFAR-10, grey)", {"outlier_p": 0.1, "outlier_dir": "cifar10"}),
+    "strangers": ("10 % photographs (CIFAR-10, grey)",
+                  {"outlier_p": 0.1, "outlier_dir": "cifar10"}),
     # As many images as noise.2 leaves clean, a draw of their own, measured against all of them.
     "tenth": ("6000 clean images alone", {"limit": 6000}),
     "few": ("200 clean images", {"limit": 200}),
     "cifar10": ("CIFAR-10, 90 % noisy, std .2",
                 {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2}),
 }
-# What a user would set --filter to who knows only the quantiles that the start of a run prints: half
-# the median; among outliers, of which a tenth is far away, a value in the gap.
+# What a user would set --filter to who knows only the quantiles that the start of a run prints:
+# half the median; among outliers, of which a tenth is far away, a value in the gap.
 FILTER = {"clean": 0.008, "noise.1": 0.064, "noise.2": 0.11, "all.2": 0.11, "blurred": 0.036,
           "outliers": 0.2, "strangers": 0.011}
 LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
@@ -94,7 +94,7 @@ ROWS = {
     "dsm_stop": ("dsm, sampling stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
-    # dsm draws, but for t < T / 10, where a copy does that is fine-tuned for a quarter of the steps.
+    # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
     "expert": ("dsm, an adv expert for the lowest tenth of t",
                {"mode": "adv", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
@@ -121,7 +121,8 @@ COMMANDS = {
 }
 # study: (command, columns, rows, seeds, training steps)
 STUDIES = {
-    "frontier": ("quality", ["noise.2"], [row for row in ROWS if "late" not in row and row != "expert"], [0], 2000),
+    "frontier": ("quality", ["noise.2"],
+                 [row for row in ROWS if "late" not in row and row != "expert"], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
@@ -147,7 +148,7 @@ def run_of(row):
 
 
 def units(row):
-    """Forward-units of a training step of the row, in the mean over a run; an expert's come on top."""
+    """Forward-units of a training step of the row, in the mean; an expert's come on top."""
     settings = ROWS[run_of(row)][1]
     own = forward_units(settings["mode"], Perturbation(**{
         key: settings[key] for key in Perturbation.__dataclass_fields__.keys() & settings}))
