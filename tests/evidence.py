@@ -95,7 +95,7 @@ ROWS = {
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
-    "expert": ("dsm, an adv expert for the lowest tenth of t",
+    "expert": ("dsm, adv expert for t < T / 10",
                {"mode": "adv", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
