@@ -689,7 +689,8 @@ def with_expert(run, path, device, raw=False):
     def net(x, t):  # A batch that is drawn has one time step.
         return (expert.net if t[0] < end else run.net)(x, t)
 
-    return run._replace(net=net, origin={**run.origin, "expert": expert.origin})
+    return run._replace(net=net, origin={**run.origin, "expert": str(path),
+                                         "expert_sha256": expert.origin["weights_sha256"]})
 
 
 # ---------- The command
@@ -756,7 +757,7 @@ def claim_folder(out, picture, names, provenance, overwrite):
         if found:
             raise UserError(f"{found[0]} is of no images that sample.py has made there: remove it, "
                             "or take another --out")
-    changed = [key for key in {**old, **provenance} if key not in ("num", "run")
+    changed = [key for key in {**old, **provenance} if key not in ("num", "run", "expert")
                and old.get(key) != provenance.get(key)] if old else []
     if len(there) > len(names):
         changed.append(f"num, {len(there)} images there,")

@@ -288,7 +288,7 @@ def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake
         assert torch.equal(both.net(x, t), net(x, t))
     in_process("sample", run, "--expert", file, "--num", 2, "--steps", 2, "--out", tmp_path / "a")
     note = json.loads((tmp_path / "a/samples.json").read_text())
-    assert note["expert"]["weights_sha256"] == expert.origin["weights_sha256"]
+    assert note["expert_sha256"] == expert.origin["weights_sha256"]
     assert "one network" in mistake("sample", run, "--expert", file, "--export", tmp_path / "b")
 
 
