@@ -94,10 +94,9 @@ def denoise(net, diffusion, x_t, t):
 class Perturbation:
     """The numbers of the regulariser. What the paper leaves open is an option here.
 
-    reading: how the radius follows the schedule, see `radius_sigma` and `radius_epsilon`.
+    reading: how the radius follows the schedule, one of `READINGS`.
     lam: weight (paper: .3; .5 over-smooths).      rho: exponent of the radius (paper: 2).
-    beta_min, beta_max: range of the random beta, one draw a sample and step; beta_max None
-        stands for the reading's own, 1 for sigma and 16/255 for epsilon.
+    beta_min, beta_max: range of the random beta; beta_max None is the reading's own.
     ascent_steps: gradient steps of the adversarial omega (paper: 1).
     ascent_norm: "linf", sign steps inside the box (paper); "l2", omega along the gradient.
     ascent_step: size of a sign step in units of r. 1.25 is RS-FGSM's (Wong et al. 2020).
@@ -137,14 +136,14 @@ def radius_epsilon(s, beta, lam, rho):
     return r, lam * math.sqrt(3) / r
 
 
+# The radius of a reading, and its beta_max.
 READINGS = {"sigma": (radius_sigma, 1.0), "epsilon": (radius_epsilon, 16 / 255)}
 
 
 def radius_and_weight(s, cfg):
     """Draw beta ~ U(beta_min, beta_max), one a sample; return (r, lam_t), shaped as s (B, 1, ...).
 
-    r is the half-width of omega's box; lam_t weighs the regulariser: sqrt(3) / half-width is
-    1 / std of a uniform perturbation.
+    r: half-width of omega's box.  lam_t: sqrt(3) / half-width is 1 / std of a uniform perturbation.
     """
     radius, widest = READINGS[cfg.reading]
     highest = widest if cfg.beta_max is None else cfg.beta_max
@@ -197,10 +196,7 @@ def ascent_gradient(view, omega, x, s, t, clean):
 
 
 def along(grad, r):
-    """The gradient's direction at a corner's length, |.| = r sqrt(d), d elements a sample.
-
-    It is zero where the gradient is zero or overflows.
-    """
+    """The gradient's direction, r sqrt(d) long for d elements; 0 where it is 0 or overflows."""
     length = grad.flatten(1).norm(dim=1).view_as(r)
     return r * math.sqrt(grad[0].numel()) * grad / length.clamp(min=1e-30)
 
@@ -209,19 +205,18 @@ def ascend(view, omega, x_t, s, t, r, clean, cfg, again=lambda: None):
     """Training's omega: ascend J = |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2.
 
     linf: omega <- clip(omega + 1.25 r sign(grad J), -r, r).
-    l2:   omega <- r sqrt(d) grad J / |grad J|, d elements a sample: a corner's mean square.
+    l2:   omega <- r sqrt(d) grad J / |grad J|, as long as a corner of the box.
     Where the gradient is zero (a fresh network) or overflows, omega stays as it was.
 
-    view: function (x, t) -> (B, ...), such as a network on frozen weights.
+    view: function (x, t) -> (B, ...), such as a network on frozen weights; clean: view(x_t, t).
     omega: the start, U[-r, r], (B, ...): J's gradient is exactly zero at omega = 0.
-    clean: view(x_t, t), (B, ...).  again: called before the network, to repeat its dropout.
+    again: called before the network, to repeat its dropout.
     """
     for _ in range(cfg.ascent_steps):
         again()
         grad = ascent_gradient(view, omega, x_t, s, t, clean)
         if cfg.ascent_norm == "linf":
-            step = cfg.ascent_step * r * grad.sign()
-            omega = torch.minimum(torch.maximum(omega + step, -r), r)
+            omega = (omega + cfg.ascent_step * r * grad.sign()).clamp(-r, r)
         else:
             step = along(grad, r)
             omega = torch.where(mean_square(step).view_as(r) > 0, step, omega)
@@ -241,7 +236,7 @@ def pgd(view, omega, x, s, t, r, clean, norm, steps):
     for _ in range(steps):
         grad = ascent_gradient(view, omega, x, s, t, clean)
         if norm == "linf":
-            omega = torch.minimum(torch.maximum(omega + r / 4 * grad.sign(), -r), r)
+            omega = (omega + r / 4 * grad.sign()).clamp(-r, r)
         else:
             omega = omega + along(grad, r / 4)
             size = mean_square(omega).sqrt().view_as(r)
