@@ -91,7 +91,7 @@ ROWS = {
     "filter": ("dsm on images of low noise estimate", {"mode": "dsm", "filter": "own"}),
     "aware": ("noise-aware, by estimates", {"mode": "aware", "filter": "own"}),
     "ip": ("DDPM-IP", {"mode": "ip"}),
-    "dsm_stop": ("dsm, sampling stopped at noise .2", {"of": "dsm", "stop": 0.2}),
+    "dsm_stop": ("dsm, stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
