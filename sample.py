@@ -471,7 +471,7 @@ def crop_resize(image, size, channels, box=None):
 
 
 def timesteps(T, steps):
-    """`steps` of the T time steps, evenly spaced from T-1 down to 0; [T-1] alone for one."""
+    """1 <= `steps` <= T of the time steps, evenly spaced from T-1 down to 0; [T-1] alone for one."""
     return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
 
 
@@ -720,7 +720,7 @@ def claim_folder(out, picture, names, provenance, overwrite):
             raise UserError(f"{found[0]} is of no images that sample.py has made there: remove it, "
                             "or take another --out")
         old = provenance
-    # Drawn images are numbered. The note names those cleaned; a forged one, files elsewhere.
+    # Numbered images, and those that were cleaned; a note may have been forged to name others.
     made = [path.name for path in out.glob("[0-9]" * 6 + ".png")]
     made += [name for name in old.get("noise_std", ())
              if (out / name).parent.resolve().is_relative_to(out.resolve())]
@@ -732,13 +732,13 @@ def claim_folder(out, picture, names, provenance, overwrite):
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
                         "use --overwrite or another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out)
-    remove_leftovers(out)
-    if changed:
-        for path in [*(out / name for name in there), out / "samples.npz", picture]:
-            path.unlink(missing_ok=True)
-    write_json(note, provenance)
+    with user_errors(OSError, prefix=f"--out {out}: "):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(out)
+        remove_leftovers(out)
+        for name in [*there, "samples.npz", picture] if changed else []:
+            (out / name).unlink(missing_ok=True)
+        write_json(note, provenance)
     check_writable(picture)
     return lock
 
@@ -754,7 +754,7 @@ def read_noisy(root, shape):
     source, names, images = open_images(root), [], []
     for k, item in enumerate(source.items):
         with user_errors(Exception, prefix=f"{root}: {source.name(k)} is not readable: "):
-            # An absolute name in a zip is refused: nothing is written outside of --out.
+            # An absolute name in a zip raises: nothing is written outside of --out.
             name = Path(source.name(k)).relative_to(root if root.is_dir() else "")
             images.append(crop_resize(source.read(item), shape[-1], shape[0]))
         names.append(str(name.with_suffix(".png")))
@@ -767,7 +767,7 @@ def export(run, folder, overwrite):
     """Write a `Run` as a folder of diffusers."""
     if folder.exists() and not (overwrite and (folder / "model_index.json").exists()):
         raise UserError(f"--export {folder} exists: take another, or --overwrite the model there")
-    with user_errors(ValueError):
+    with user_errors(ValueError, OSError, prefix=f"--export {folder}: "):
         write_diffusers(run.net, run.config, folder)
     print(f"DDPMPipeline.from_pretrained('{folder}') draws from the {run.origin['weights']} "
           "weights; its UNet2DModel is in unet")
