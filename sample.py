@@ -24,6 +24,7 @@ import sys
 import time
 import zipfile
 from datetime import timedelta
+from itertools import count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -45,6 +46,8 @@ class UserError(Exception):
 
 def run_cli(main):
     """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # A file's name may be what it cannot encode.
+        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
@@ -52,9 +55,10 @@ def run_cli(main):
     except OSError as error:  # A full disk, no permission, a long name, a folder that has moved.
         message = f"{error.filename or 'writing'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        if "allocate" in str(error):
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if memory or "can't allocate memory" in str(error):
             message = "not enough memory: a smaller --batch_size, --num or network needs less"
-        elif "by peer" in str(error):  # A connection is closed or reset.
+        elif "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
             message = "another of the processes has ended, and says why"
         else:
             raise
@@ -81,14 +85,16 @@ def number(kind, low, high=None, open_high=False):
     """An argparse type: an int or float within [low, high], or [low, high) if open_high."""
 
     def parse(text):
-        with contextlib.suppress(ValueError):
+        try:
             value = kind(text)
-            above = high is not None and (value >= high if open_high else value > high)
-            if low <= value < math.inf and not above:
-                return value
-        word = "a whole number" if kind is int else "a number"
-        upper = "" if high is None else f" and {'below' if open_high else 'at most'} {high}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {low}{upper}")
+        except ValueError:
+            value = float("nan")
+        above = high is not None and (value >= high if open_high else value > high)
+        if not value >= low or above or value == float("inf"):
+            upper = "" if high is None else f" and {'below' if open_high else 'at most'} {high}"
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {low}{upper}")
+        return value
 
     return parse
 
@@ -97,7 +103,10 @@ def comma_list(kind, *choices):
     """An argparse type: values with commas between, each parsed by `kind`, or one of `choices`."""
 
     def parse(text):
-        values = [kind(part) for part in text.split(",")]
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
         if choices and not set(values) <= set(choices):
             raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(choices)}")
         return values
@@ -117,7 +126,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-        return action.help if hidden else f"{action.help} (%(default)s)"
+        return action.help + ("" if hidden or not action.option_strings else " (%(default)s)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,11 +149,13 @@ def setup_device(device="auto"):
     if device == "auto":
         mps = torch.backends.mps.is_available() and world == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    with user_errors(RuntimeError, AssertionError, prefix=f"device {device}: "):
+    try:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local)
         torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -175,14 +186,14 @@ def tell(text, end="\n"):
 
 
 @contextlib.contextmanager
-def ticker(title, total):
+def ticker(title, total, lead=True):
     """A line of progress with a rate and an ETA: call what it yields with how many are done."""
     start = shown = time.time()
 
     def tick(done):
         nonlocal shown
         now = time.time()
-        if now - (start if done >= total else shown) > 2:
+        if lead and now - (start if done >= total else shown) > 2:
             shown = now
             rate = done / (now - start)
             tell(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
@@ -252,8 +263,10 @@ def check_writable(path):
 def lock_folder(out):
     """Claim a folder; the lock dies with the process. UserError: another one writes there."""
     file = open(out / ".lock", "w")
-    with user_errors(BlockingIOError, prefix=f"another process writes to {out}: "):
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process writes to {out}") from error
     return file
 
 
@@ -266,13 +279,16 @@ def save_grid(images, path, columns=8):
     """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG; small ones are enlarged."""
     images = np.asarray(images)
     scale = max(1, 48 // images.shape[-1])
-    columns = min(columns, len(images))
-    tiles = images.repeat(scale, 2).repeat(scale, 3)
-    # White above and left of each tile, white tiles to fill the last row, white below and right.
-    tiles = np.pad(tiles, [(0, -len(tiles) % columns), (0, 0), (2, 0), (2, 0)], constant_values=255)
-    rows = [np.concatenate(tiles[k:k + columns], axis=2) for k in range(0, len(tiles), columns)]
-    sheet = np.pad(np.concatenate(rows, axis=1), [(0, 0), (0, 2), (0, 2)], constant_values=255)
-    Image.fromarray(sheet.transpose(1, 2, 0).squeeze()).save(path)
+    n, channels, height, width = (len(images), images.shape[1],
+                                  *(scale * side for side in images.shape[2:]))
+    columns = min(columns, n)
+    sheet = np.full((-(-n // columns) * (height + 2) + 2, columns * (width + 2) + 2, channels), 255,
+                    np.uint8)
+    for k, image in enumerate(images):
+        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
+        tile = image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1)
+        sheet[top:top + height, left:left + width] = tile
+    Image.fromarray(sheet.squeeze()).save(path)
 
 
 BLUE, RED, GREY, BLACK = (40, 90, 200), (215, 40, 30), (170, 170, 170), (0, 0, 0)
@@ -302,22 +318,21 @@ def draw_layers(layers, texts=(), size=160):
     return image.resize((size, size), Image.LANCZOS)
 
 
-def draw_chart(curves, x_label, y_label, high=None, size=160):
-    """Curves {name: points (n, 2)}, axes up to `high` (x, y), else all, as `draw_layers`.
+def draw_chart(curves, x_label, y_label, low=None, high=None, size=160):
+    """Curves {name: points (n, 2)} with axes from `low` to `high`, each (x, y), as `draw_layers`.
 
-    Points that are not finite are left out.
+    None: the smallest and largest of the data.  Points that are not finite are left out.
     """
     curves = {name: np.asarray(xy, dtype=float) for name, xy in curves.items()}
     curves = {name: xy[np.isfinite(xy).all(1)] for name, xy in curves.items()}
     every = np.concatenate(list(curves.values()))
-    low = every.min(0)
+    low = every.min(0) if low is None else low
     high = every.max(0) if high is None else high
     layers = [([[(-0.9, 0.75), (-0.9, -0.78), (0.9, -0.78)]], GREY, 2)]
     texts = [((-0.9, 0.8), f"{y_label}, {low[1]:.2g} to {high[1]:.2g}", BLACK, "ls"),
              ((0.9, -0.82), f"{x_label}, {low[0]:g} to {high[0]:.2g}", BLACK, "rt")]
-    for i, (name, xy) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        xy = (xy - low) / np.maximum(high - low, 1e-12) * (1.8, 1.5) - (0.9, 0.78)
+    for i, (name, xy), colour in zip(count(), curves.items(), cycle(COLOURS)):
+        xy = (xy - low) / np.maximum(np.subtract(high, low), 1e-12) * (1.8, 1.5) - (0.9, 0.78)
         layers += [(xy[None], colour, 4), (xy, colour, 4)]
         texts.append(((0.9, 0.7 - 0.15 * i), name, colour, "rt"))
     return draw_layers(layers, texts, size)
@@ -337,8 +352,8 @@ def image_noise(seed, indices, shape, device, use=IMAGE):
     """Noise for `sample`: a generator of its own for each image, seeded by (use, seed, index).
 
     Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
-    arguments -> (len(indices), *shape) on `device`; with `active` (len(indices),) the others'
-    generators stay where they are.
+    arguments -> (len(indices), *shape) on `device`; given `active` (len(indices),) it draws for
+    those alone, and the others' generators stay where they are.
     """
     generators = [torch.Generator().manual_seed(seed_for(use, seed, int(k))) for k in indices]
 
@@ -363,8 +378,8 @@ class Source(NamedTuple):
     split: str | None = None  # None where the source is one bare set of images
 
     def name(self, i):
-        """Where the i-th image is, for a person; of an array, its number."""
-        return str(self.items[i]) if isinstance(self.items[i], (str, Path)) else f"{i:06d}"
+        """What an error calls the i-th image."""
+        return self.items[i] if isinstance(self.items[i], (str, Path)) else f"image {i}"
 
 
 def is_image(name):
@@ -373,7 +388,7 @@ def is_image(name):
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     kind = Image.registered_extensions().get(path.suffix.lower())
     stub = kind in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-    return kind in Image.OPEN and not stub and not hidden
+    return kind in Image.OPEN and not stub and not hidden and not str(name).endswith("/")
 
 
 def is_run(folder):
@@ -440,25 +455,32 @@ def open_images(root):
     return source
 
 
-def crop_resize(image, size, channels, box=None):
-    """PIL image -> uint8 (channels, size, size): upright, centre square or `box`, resized.
+def upright_8bit(image, channels):
+    """A PIL image as upright 8-bit RGB (3 channels) or grey (1); what is transparent turns white.
 
-    16-bit grey is scaled to 8 bits; what is transparent turns white. Shrinking averages over the
-    area that a pixel covers (no aliasing); enlarging is bicubic.
-    Raises ValueError for floats and 32-bit integers.
+    16-bit grey is scaled to 8.  Raises ValueError for floats and 32-bit integers: their range is
+    not known.
     """
     deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
     if image.mode in ("I", "F") and not deep:
-        raise ValueError("its values have 32 bits and a range that is not known: save 8 or 16 bits")
+        raise ValueError(f"its values are {'floats' if image.mode == 'F' else '32-bit integers'}, "
+                         "of a range that is not known: save it with 8 or 16 bits")
     with contextlib.suppress(Exception):  # With a damaged EXIF block an image is taken as upright.
         image = ImageOps.exif_transpose(image)
     if deep:
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
+    return image.convert("RGB" if channels == 3 else "L")
 
+
+def crop_resize(image, size, channels, box=None):
+    """PIL image -> uint8 (channels, size, size): upright, centre square or `box`, resized.
+
+    Shrinking averages over the area that a pixel covers (no aliasing); enlarging is bicubic.
+    """
+    image = upright_8bit(image, channels)
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     left, top, right, bottom = box or (left, top, left + side, top + side)
@@ -471,7 +493,12 @@ def crop_resize(image, size, channels, box=None):
 
 
 def timesteps(T, steps):
-    """1 <= `steps` <= T of the time steps, evenly spaced from T-1 down to 0; [T-1] alone for one."""
+    """`steps` of the T time steps, evenly spaced from T-1 down to 0; [T-1] alone for one.
+
+    Raises ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"{steps} sampling steps: between 1 and T = {T}")
     return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
 
 
@@ -547,12 +574,15 @@ MAD = 0.6745  # The median of |N(0, 1)|; Donoho's estimate of the noise's std di
 
 
 def noise_estimate(x):
-    """The noise's std in images (B, C, H, W), each its own: (B,).
+    """The noise's std in images (B, C, H, W), each its own: (B,), nan below 2x2 pixels.
 
     Median |finest diagonal Haar coefficient| / .6745 (Donoho & Johnstone 1994), over all channels.
     Texture counts as noise: clean photographs of 32 pixels have .02 to .1 on the [-1, 1] scale.
     """
-    return haar(x).flatten(1).quantile(0.5, dim=1) / (2 * MAD)
+    detail = haar(x).flatten(1) / 2
+    if not detail.shape[1]:
+        return detail.new_full((len(x),), math.nan)
+    return detail.quantile(0.5, dim=1) / MAD
 
 
 @torch.no_grad()
@@ -576,14 +606,14 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
 
 def draw_images(net, diffusion, shape, indices, seed=0, sampler="ddim", steps=100,
                 spacing="respaced", batch_size=64, device="cpu", title="images", hook=None,
-                noisy=None, stop=0.0):
+                noisy=None, stop=0.0, lead=True):
     """Draw the images of these indices, a batch at a time: yields (indices, uint8 (B, C, H, W)).
 
-    hook: function(indices of a batch) -> the `perturb` of `sample`.
+    hook: function(indices of a batch) -> the `perturb` of `sample`.  lead: show the progress.
     noisy: (images (N, C, H, W), std (N,)): instead of drawing, clean those of these indices.
     Raises UserError where an image is not finite.
     """
-    with ticker(title, len(indices)) as tick:
+    with ticker(title, len(indices), lead) as tick:
         for first in range(0, len(indices), batch_size):
             batch = list(indices[first:first + batch_size])
             noise = image_noise(seed, batch, shape, device)
@@ -714,20 +744,22 @@ def claim_folder(out, picture, names, provenance, overwrite):
     """
     note = out / "samples.json"
     old = read_json(note)
+    there = [out / name for name in names if (out / name).exists()]
+    there += [path for path in out.glob("[0-9]" * 6 + "*.png")
+              if path.stem.isdigit() and path.name not in names]
+    # What was cleaned before, as far as the note may be believed.
+    there += [out / name for name in old.get("noise_std") or {} if name not in names
+              and (out / name).exists()
+              and Path(os.path.realpath(out / name)).is_relative_to(os.path.realpath(out))]
     if "sampler" not in old:
-        found = [path for path in [*out.glob("[!.]*"), picture] if path.exists()]
+        found = [path for path in out.glob("*") if not path.name.startswith(".")]
+        found += [picture] if picture.exists() else []
         if found:
             raise UserError(f"{found[0]} is of no images that sample.py has made there: remove it, "
                             "or take another --out")
-        old = provenance
-    # Numbered images, and those that were cleaned; a note may have been forged to name others.
-    made = [path.name for path in out.glob("[0-9]" * 6 + ".png")]
-    made += [name for name in old.get("noise_std", ())
-             if (out / name).parent.resolve().is_relative_to(out.resolve())]
-    there = {name for name in [*names, *made] if (out / name).exists()}
     changed = [key for key in {**old, **provenance} if key not in ("num", "run", "expert")
-               and old.get(key) != provenance.get(key)]
-    if not there <= set(names):
+               and old.get(key) != provenance.get(key)] if old else []
+    if len(there) > len(names):
         changed.append(f"num, {len(there)} images there,")
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
@@ -736,11 +768,20 @@ def claim_folder(out, picture, names, provenance, overwrite):
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(out)
         remove_leftovers(out)
-        for name in [*there, "samples.npz", picture] if changed else []:
-            (out / name).unlink(missing_ok=True)
+        for path in [*there, out / "samples.npz", picture] if changed else []:
+            path.unlink(missing_ok=True)
         write_json(note, provenance)
     check_writable(picture)
     return lock
+
+
+def read_back(path, shape):
+    """A PNG as uint8 (H, W, C); one that a crash damaged is removed, for the next start."""
+    try:
+        return np.asarray(Image.open(path)).reshape(shape)
+    except Exception as error:  # A damaged file may raise anything.
+        path.unlink()
+        raise UserError(f"{path} was damaged and is removed: run the same command again") from error
 
 
 def save_npz(path, *arrays, **named):
@@ -753,11 +794,13 @@ def read_noisy(root, shape):
     """Images to clean: (names of the PNGs to write, uint8 (N, C, H, W), cropped and resized)."""
     source, names, images = open_images(root), [], []
     for k, item in enumerate(source.items):
-        with user_errors(Exception, prefix=f"{root}: {source.name(k)} is not readable: "):
-            # An absolute name in a zip raises: nothing is written outside of --out.
-            name = Path(source.name(k)).relative_to(root if root.is_dir() else "")
-            images.append(crop_resize(source.read(item), shape[-1], shape[0]))
+        name = Path(item if isinstance(item, (str, Path)) else f"{k:06d}")
+        name = name.relative_to(root) if root.is_dir() else name
+        if name.is_absolute():  # Nothing is written outside of --out.
+            raise UserError(f"{root}: {item} is no name of a file in it")
         names.append(str(name.with_suffix(".png")))
+        with user_errors(Exception, prefix=f"{root}: {source.name(k)} is not readable: "):
+            images.append(crop_resize(source.read(item), shape[-1], shape[0]))
     if len(set(names)) < len(names):
         raise UserError(f"{root}: two of its images have one name but for the suffix")
     return names, np.stack(images)
@@ -777,55 +820,54 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     args = parse_args(argv)
     rank, _, world, device = setup_device(args.device)
-    if rank:  # One process speaks for all.
-        sys.stdout = open(os.devnull, "w")
     run = with_expert(load_run(args.run, device, args.raw), args.expert, device, args.raw)
-    net, diffusion, shape = run.net, run.diffusion, run.shape
+    net, diffusion, shape, lead = run.net, run.diffusion, run.shape, rank == 0
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
+    if args.export:
+        print(f"output {args.export}")
+        return export(run, args.export, args.overwrite)
     folder = args.run if args.run.is_dir() else args.run.parent
     if not (folder / "ckpt.pt").exists():
         folder = Path("out", args.run.stem)
-    out = args.export or args.out or folder / ("denoised" if args.denoise else "samples")
-    print(f"output {out}", flush=True)
-    if args.export:
-        return export(run, out, args.overwrite)
-
+    out = args.out or folder / ("denoised" if args.denoise else "samples")
+    picture = Path(f"{os.path.realpath(out)}.png")
     provenance = {**run.origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
                   "spacing": args.spacing, "stop": args.stop, "seed": args.seed}
     names, noisy = [f"{k:06d}.png" for k in range(args.num)], None
     if args.denoise:
         names, before = read_noisy(args.denoise, shape)
         x = torch.from_numpy(before).float() / 127.5 - 1
-        if args.noise_std is None:
-            std = noise_estimate(x)
-            for name, level in zip(names, std.tolist()):
-                print(f"{name}: noise of std {level:.3f}")
-        else:
-            std = torch.full((len(x),), args.noise_std)
+        std = noise_estimate(x)
+        if args.noise_std is not None:
+            std = torch.full_like(std, args.noise_std)
         noisy = x, std
         provenance |= {"num": len(names), "denoised": str(args.denoise),
                        "denoised_sha256": hashlib.sha256(before.tobytes()).hexdigest()[:16],
                        "noise_std": dict(zip(names, std.tolist()))}
-    print(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
-          f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x {device.type}",
-          flush=True)
-    picture = Path(f"{os.path.realpath(out)}.png")
-    if rank == 0:
+    if lead:
+        print(f"output {out}")
+        print(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
+              f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
+              f"{device.type}", flush=True)
         lock = claim_folder(out, picture, names, provenance, args.overwrite)  # noqa: F841
+        if args.denoise and args.noise_std is None:
+            for name, level in zip(names, std.tolist()):
+                tell(f"{name}: noise of std {level:.3f}")
     if world > 1:
         start_group(device)
         dist.barrier()
 
     mine = range(rank, len(names), world)
     todo = [k for k in mine if not (out / names[k]).exists()]
-    if len(todo) < len(mine):
+    if lead and len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
     start = time.time()
 
+    title = "images" if world == 1 else f"images of process 0 of {world}"
     for batch, images in draw_images(net, diffusion, shape, todo, args.seed, args.sampler,
-                                     args.steps, args.spacing, args.batch_size, device,
-                                     noisy=noisy, stop=args.stop):
+                                     args.steps, args.spacing, args.batch_size, device, title,
+                                     noisy=noisy, stop=args.stop, lead=lead):
         for k, image in zip(batch, images):
             image = Image.fromarray(image.transpose(1, 2, 0).squeeze())
             (out / names[k]).parent.mkdir(parents=True, exist_ok=True)
@@ -834,11 +876,8 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
-        images = np.empty((len(names), *shape[1:], shape[0]), np.uint8)
-        for k, name in enumerate(names):
-            with user_errors(Exception, prefix=f"{out / name} is damaged, delete it: "):
-                images[k] = np.asarray(Image.open(out / name)).reshape(images.shape[1:])
+    if lead:
+        images = np.stack([read_back(out / name, (*shape[1:], shape[0])) for name in names])
         write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
         shown = images[:64].transpose(0, 3, 1, 2)
         if args.denoise:  # Pairs, before and after.

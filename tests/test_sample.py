@@ -1,6 +1,7 @@
 """Samplers against ideal denoisers; images that depend on their seed alone; cleaning a folder."""
 
 import json
+import math
 import zipfile
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 from conftest import finish, fork
 from losses import Diffusion
 from sample import (UserError, clean_images, denoise_step, draw_images, image_noise, load_run,
-                    noise_estimate, read_json, sample, save_grid, step_pairs, timesteps, to_uint8,
-                    with_expert)
+                    noise_estimate, read_json, sample, save_grid, seed_for, step_pairs, timesteps,
+                    to_uint8, with_expert)
 from train import load_images
 
 MEAN, VAR = 0.3, 0.25
@@ -96,6 +97,8 @@ def test_timesteps_and_hook():
         assert chosen[0] == 999 and chosen[-1] == 0 and (np.diff(chosen) < 0).all()
     assert timesteps(1000, 1) == [999] and timesteps(1, 1) == [0]
     assert step_pairs(1000, 1000, "naive") == step_pairs(1000, 1000, "respaced")
+    with pytest.raises(ValueError, match="1001 sampling steps"):
+        timesteps(1000, 1001)
     d, seen = Diffusion(), []
 
     def perturb(x, t):
@@ -151,6 +154,17 @@ def test_the_noise_estimate_is_unbiased_on_noise_and_zero_on_flat_images():
     x = 0.3 * torch.randn(4, 3, 64, 65)
     assert (noise_estimate(x) / 0.3 - 1).abs().max() < 0.05
     assert noise_estimate(torch.ones(2, 1, 9, 9)).tolist() == [0, 0]
+    assert math.isnan(noise_estimate(torch.ones(1, 1, 1, 1))[0])
+
+
+def test_noise_is_a_function_of_seed_and_index():
+    whole = image_noise(3, range(6), (1, 2, 2), "cpu")
+    part = image_noise(3, [4, 2], (1, 2, 2), "cpu")
+    other = image_noise(4, [4, 2], (1, 2, 2), "cpu")
+    for _ in range(3):
+        a, b, c = whole(), part(), other()
+        assert torch.equal(a[[4, 2]], b) and not torch.equal(b, c)
+    assert seed_for(1, 2) != seed_for(2, 1) and 0 <= seed_for(3) < 2**63
 
 
 def test_pictures(tmp_path):
@@ -199,10 +213,9 @@ def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys
     assert "4 of 8 images are there already" in capsys.readouterr().out
     assert kept == (out / "000000.png").stat().st_mtime_ns
     assert abs(images(out)[:6].astype(int) - first).max() <= 1 and len(images(out)) == 8
-    # A damaged picture is named; once deleted it is drawn again. The path's spelling is no matter.
+    # A damaged picture is removed by name, and drawn again; the path's spelling is no matter.
     (out / "000002.png").write_bytes(b"half")
-    assert "000002.png is damaged, delete it" in mistake(*draw, 8)
-    (out / "000002.png").unlink()
+    assert "000002.png was damaged" in mistake(*draw, 8)
     in_process("sample", run / "ckpt.pt", *draw[2:], 8)
     assert abs(images(out)[:6].astype(int) - first).max() <= 1
 
@@ -229,7 +242,7 @@ def test_nothing_is_written_or_removed_outside_of_the_folder(run, tmp_path, in_p
     Image.new("RGB", (16, 16)).save(victim)
     with zipfile.ZipFile(tmp_path / "slip.zip", "w") as archive:
         archive.writestr(zipfile.ZipInfo(str(slipped)), victim.read_bytes())
-    assert "slip.png is not readable" in mistake(*draw, "--denoise", tmp_path / "slip.zip")
+    assert "is no name of a file in it" in mistake(*draw, "--denoise", tmp_path / "slip.zip")
     in_process(*draw)
     forged = {"noise_std": {"../victim.png": 0.1}, "seed": 7}
     note.write_text(json.dumps(read_json(note) | forged))
