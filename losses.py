@@ -103,6 +103,7 @@ class Perturbation:
     detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
     reg_t: only t < reg_t T are regularised, at the weight that they have in the batch (ours;
         paper: 1). Below 1 it needs t as `stratified_t` draws them.
+    t_max: training sees t < t_max T alone, as a model's expert for the last steps does (ours).
     reg_share: a random share of those is, in (0, 1], and stands for all of them (ours; paper: 1).
     ip_gamma: std of DDPM-IP's second noise, in units of the first (their CIFAR-10: .15).
     """
@@ -117,6 +118,7 @@ class Perturbation:
     ascent_step: float = 1.25
     detach_target: bool = False
     reg_t: float = 1.0
+    t_max: float = 1.0
     reg_share: float = 1.0
     ip_gamma: float = 0.1
 
@@ -290,7 +292,8 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     adversarial: omega from `ascend`, else random.
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
-    low = math.ceil(cfg.reg_t * len(t) - 1e-6)  # t ascends: the first hold all below reg_t T.
+    # t ascends to t_max T: the first `low` hold all below reg_t T.
+    low = math.ceil(min(1, cfg.reg_t / cfg.t_max) * len(t) - 1e-6)
     k = max(1, round(cfg.reg_share * low))
     if k < low:
         order = torch.arange(len(t), device=t.device)
@@ -357,7 +360,7 @@ class Mode(NamedTuple):
 
 def regularised_units(cfg, ascents):
     """dsm's 3; of what is regularised another forward and backward, and 2 for each ascent step."""
-    return 3 + (3 + 2 * ascents) * cfg.reg_t * cfg.reg_share
+    return 3 + (3 + 2 * ascents) * min(1, cfg.reg_t / cfg.t_max) * cfg.reg_share
 
 
 # random: omega ~ U[-r, r].  adv: the paper's method.  invariant: what a classifier does; it fails.

@@ -103,10 +103,7 @@ def comma_list(kind, *choices):
     """An argparse type: values with commas between, each parsed by `kind`, or one of `choices`."""
 
     def parse(text):
-        try:
-            values = [kind(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+        values = [kind(part) for part in text.split(",")]
         if choices and not set(values) <= set(choices):
             raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(choices)}")
         return values
@@ -318,15 +315,15 @@ def draw_layers(layers, texts=(), size=160):
     return image.resize((size, size), Image.LANCZOS)
 
 
-def draw_chart(curves, x_label, y_label, low=None, high=None, size=160):
-    """Curves {name: points (n, 2)} with axes from `low` to `high`, each (x, y), as `draw_layers`.
+def draw_chart(curves, x_label, y_label, high=None, size=160):
+    """Curves {name: points (n, 2)}, the axes up to `high` (x, y), else to all; as `draw_layers`.
 
-    None: the smallest and largest of the data.  Points that are not finite are left out.
+    Points that are not finite are left out.
     """
     curves = {name: np.asarray(xy, dtype=float) for name, xy in curves.items()}
     curves = {name: xy[np.isfinite(xy).all(1)] for name, xy in curves.items()}
     every = np.concatenate(list(curves.values()))
-    low = every.min(0) if low is None else low
+    low = every.min(0)
     high = every.max(0) if high is None else high
     layers = [([[(-0.9, 0.75), (-0.9, -0.78), (0.9, -0.78)]], GREY, 2)]
     texts = [((-0.9, 0.8), f"{y_label}, {low[1]:.2g} to {high[1]:.2g}", BLACK, "ls"),
@@ -388,7 +385,7 @@ def is_image(name):
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     kind = Image.registered_extensions().get(path.suffix.lower())
     stub = kind in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-    return kind in Image.OPEN and not stub and not hidden and not str(name).endswith("/")
+    return kind in Image.OPEN and not stub and not hidden
 
 
 def is_run(folder):

@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -428,7 +427,7 @@ def make_parser(dataset="shapes"):
          help="regularise only t below this share of T; .1 is recommended, at 3.5 units for 8")
     flag("--reg_share", type=some, default=own.reg_share,
          help="regularise a random share of each batch, which stands for all")
-    flag("--t_max", type=some, default=1.0,
+    flag("--t_max", type=some, default=own.t_max,
          help="train on t below this share of T alone: a model for sample.py's --expert")
     flag("--ip_gamma", type=size, default=own.ip_gamma, help="--mode ip: std of the second noise")
     flag("--detach_target", action=on_off, default=own.detach_target,
@@ -554,7 +553,7 @@ def drop_beyond(out, step):
     log = out / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         # A kill may cut a line short.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
@@ -776,9 +775,6 @@ def main(argv=None):
     del saved
     fields = Perturbation.__dataclass_fields__.keys() & vars(cfg)
     perturbation = Perturbation(**{key: getattr(cfg, key) for key in fields})
-    t_end = max(1, round(cfg.t_max * cfg.T))
-    if cfg.t_max < 1:  # The objective takes --reg_t as a share of the batch.
-        perturbation = replace(perturbation, reg_t=min(1, cfg.reg_t / cfg.t_max))
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
     compiled = cuda if cfg.compile is None else cfg.compile
     if compiled:
@@ -844,7 +840,7 @@ def main(argv=None):
         # and eps are drawn for the whole batch: they do not depend on the number of parts.
         torch.manual_seed(seed_for(STEP, cfg.seed, 0, step))
         flipped = torch.rand(cfg.batch_size, 1, 1, 1, device=device)[mine] < 0.5
-        t = stratified_t(cfg.batch_size, t_end, device)[mine]
+        t = stratified_t(cfg.batch_size, math.ceil(cfg.t_max * cfg.T), device)[mine]
         eps = torch.randn(cfg.batch_size, *images.shape[1:], device=device)[mine]
         if rank:
             torch.manual_seed(seed_for(STEP, cfg.seed, rank, step))

@@ -311,16 +311,17 @@ def test_stratified_t():
     assert (stratified_t(3, 2) <= 1).all()
 
 
-def test_the_lowest_t_are_regularised_however_the_batch_is_split(monkeypatch):
+@pytest.mark.parametrize("t_max", [1.0, 0.6])
+def test_the_lowest_t_are_regularised_however_the_batch_is_split(t_max, monkeypatch):
     """reg_t = U: the terms of U = 1 but those at t >= U T; parts are dealt by stride."""
     torch.manual_seed(0)
-    net, t = small_unet(), stratified_t(8, 1000)
+    net, t = small_unet(), stratified_t(8, round(1000 * t_max))
     x0, eps = torch.randn(2, 8, 3, 8, 8)
     monkeypatch.setattr(losses, "ascend", lambda view, omega, x_t, s, t, r, *_:
                         torch.ones_like(omega) * r / 2)  # Without chance, as is the radius.
 
     def regulariser(U, rows):
-        cfg = Perturbation(reg_t=U, beta_min=0.3, beta_max=0.3)
+        cfg = Perturbation(reg_t=U, t_max=t_max, beta_min=0.3, beta_max=0.3)
         _, figures = MODES["adv"].loss(net, Diffusion(), x0[rows], t[rows], eps[rows], cfg)
         return figures["reg"].item()
 
@@ -328,7 +329,7 @@ def test_the_lowest_t_are_regularised_however_the_batch_is_split(monkeypatch):
     truth = sum(regulariser(1.0, slice(i, i + 1)) for i in low) / 8
     for parts in (1, 2, 4):
         found = [regulariser(0.3, slice(part, None, parts)) for part in range(parts)]
-        assert 2 <= len(low) <= 3 and sum(found) / parts == pytest.approx(truth, rel=1e-4)
+        assert 2 <= len(low) * t_max <= 3 and sum(found) / parts == pytest.approx(truth, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["random", "adv", "invariant"])
@@ -367,3 +368,5 @@ def test_forward_units():
     assert forward_units("adv", Perturbation(ascent_steps=3)) == 12
     assert forward_units("adv", Perturbation(reg_share=0.3)) == pytest.approx(4.5)
     assert forward_units("adv", Perturbation(reg_t=0.1)) == pytest.approx(3.5)
+    assert forward_units("adv", Perturbation(reg_t=0.1, t_max=0.2)) == pytest.approx(5.5)
+    assert forward_units("adv", Perturbation(t_max=0.2)) == 8

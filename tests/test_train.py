@@ -198,10 +198,10 @@ def test_init_from_takes_weights_and_architecture_and_does_not_forget(tmp_path, 
     ends, low = [], []
     monkeypatch.setattr(train, "stratified_t", lambda n, T, device: ends.append(T) or
                         losses.stratified_t(n, T, device))
-    monkeypatch.setattr(train, "Objective", lambda *args: low.append(args[-1].reg_t) or
-                        losses.Objective(*args))
+    monkeypatch.setattr(train, "Objective", lambda *args: low.extend((
+        args[-1].reg_t, args[-1].t_max)) or losses.Objective(*args))
     in_process(*begin, "--steps", 1, "--overwrite", "--t_max", 0.2, "--reg_t", 0.1)
-    assert (ends, low) == ([200], [0.5])
+    assert (ends, low) == ([200], [0.1, 0.2])
 
 
 def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
