@@ -35,13 +35,10 @@ from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, ad
                     denoise_step, draw_images, finite, haar, image_noise, load_run, number,
                     open_images, read_json, run_cli, save_grid, save_npz, seed_for, setup_device,
                     step_pairs, ticker, user_errors, with_expert, write_atomically, write_json)
-from train import (PRESETS, choose_images, complete_config, find_source, limit_images,
+from train import (CACHE, PRESETS, choose_images, complete_config, find_source, limit_images,
                    load_corruption, load_images, training_images)
 
 # ---------- Images: uint8 arrays (N, C, H, W)
-
-CACHE = Path("out/cache")
-
 
 def shape_of(image):
     """(C, H, W) of a PIL image, C 1 for grey or 3."""
@@ -98,7 +95,7 @@ def load_reference(name, shape, args, about, config=None, key="reference", split
     if name not in PRESETS:
         if not Path(name).exists():
             raise UserError(f"{name}: neither a data set nor a file or folder")
-        dataset, label, folder, cache = "folder", name, name, cache or CACHE
+        dataset, label, folder = "folder", name, name
     if dataset != "shapes":
         source = find_source(dataset, folder, split)
         with user_errors(Exception, prefix=f"{name}: its first image is not readable: "):

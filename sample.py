@@ -140,6 +140,7 @@ def setup_device(device="auto"):
     """(rank, local rank, world size, torch.device) of this process, alone or under torchrun.
 
     device: "auto" takes CUDA, then MPS, then the CPU.  Raises UserError if it is not there.
+    Only rank 0 has a standard output from then on.
     """
     rank, local, world = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -157,6 +158,8 @@ def setup_device(device="auto"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+    if rank:
+        sys.stdout = open(os.devnull, "w")
     return rank, local, world, device
 
 
@@ -183,14 +186,14 @@ def tell(text, end="\n"):
 
 
 @contextlib.contextmanager
-def ticker(title, total, lead=True):
+def ticker(title, total):
     """A line of progress with a rate and an ETA: call what it yields with how many are done."""
     start = shown = time.time()
 
     def tick(done):
         nonlocal shown
         now = time.time()
-        if lead and now - (start if done >= total else shown) > 2:
+        if now - (start if done >= total else shown) > 2:
             shown = now
             rate = done / (now - start)
             tell(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
@@ -276,15 +279,13 @@ def save_grid(images, path, columns=8):
     """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG; small ones are enlarged."""
     images = np.asarray(images)
     scale = max(1, 48 // images.shape[-1])
-    n, channels, height, width = (len(images), images.shape[1],
-                                  *(scale * side for side in images.shape[2:]))
-    columns = min(columns, n)
-    sheet = np.full((-(-n // columns) * (height + 2) + 2, columns * (width + 2) + 2, channels), 255,
-                    np.uint8)
-    for k, image in enumerate(images):
-        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
-        tile = image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1)
-        sheet[top:top + height, left:left + width] = tile
+    columns = min(columns, len(images))
+    tiles = images.transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2)
+    # White above and to the left of each, and whole white tiles at the end.
+    tiles = np.pad(tiles, ((0, -len(images) % columns), (2, 0), (2, 0), (0, 0)),
+                   constant_values=255)
+    rows = [np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)]
+    sheet = np.pad(np.concatenate(rows), ((0, 2), (0, 2), (0, 0)), constant_values=255)
     Image.fromarray(sheet.squeeze()).save(path)
 
 
@@ -603,14 +604,14 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
 
 def draw_images(net, diffusion, shape, indices, seed=0, sampler="ddim", steps=100,
                 spacing="respaced", batch_size=64, device="cpu", title="images", hook=None,
-                noisy=None, stop=0.0, lead=True):
+                noisy=None, stop=0.0):
     """Draw the images of these indices, a batch at a time: yields (indices, uint8 (B, C, H, W)).
 
-    hook: function(indices of a batch) -> the `perturb` of `sample`.  lead: show the progress.
+    hook: function(indices of a batch) -> the `perturb` of `sample`.
     noisy: (images (N, C, H, W), std (N,)): instead of drawing, clean those of these indices.
     Raises UserError where an image is not finite.
     """
-    with ticker(title, len(indices), lead) as tick:
+    with ticker(title, len(indices)) as tick:
         for first in range(0, len(indices), batch_size):
             batch = list(indices[first:first + batch_size])
             noise = image_noise(seed, batch, shape, device)
@@ -857,14 +858,14 @@ def main(argv=None):
 
     mine = range(rank, len(names), world)
     todo = [k for k in mine if not (out / names[k]).exists()]
-    if lead and len(todo) < len(mine):
+    if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
     start = time.time()
 
     title = "images" if world == 1 else f"images of process 0 of {world}"
     for batch, images in draw_images(net, diffusion, shape, todo, args.seed, args.sampler,
                                      args.steps, args.spacing, args.batch_size, device, title,
-                                     noisy=noisy, stop=args.stop, lead=lead):
+                                     noisy=noisy, stop=args.stop):
         for k, image in zip(batch, images):
             image = Image.fromarray(image.transpose(1, 2, 0).squeeze())
             (out / names[k]).parent.mkdir(parents=True, exist_ok=True)

@@ -181,6 +181,7 @@ def find_source(dataset, data_dir=None, split="train"):
     return open_source(dataset, root, split)
 
 
+CACHE = Path("out/cache")
 # The usual 128x128 pixels of CelebA's aligned images, around (89, 121).
 CELEBA_FACE = (25, 57, 153, 185)
 
@@ -190,8 +191,8 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
     """A data set as a uint8 array (N, in_channels, image_size, image_size), memory-mapped.
 
     data_dir: folder, zip or npz; None looks in data/<dataset> and downloads what torchvision can.
-    cache_dir: where the decoded .npy goes (default: beside the source). Its name holds a hash of
-        the settings and of the source's names, sizes and dates: others never meet it.
+    cache_dir: where the decoded .npy goes, None is `CACHE`. Its name holds a hash of the settings
+        and of the source's names, sizes and dates: others never meet it.
     split: "train" or "test", where the source has both; a bare folder or zip is one of them.
     source: the `Source`, where it is open already.
     Raises UserError for a missing, empty or unreadable source, naming the file.
@@ -201,10 +202,7 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
         return shapes(n, image_size, in_channels, seed)
     source = source or find_source(dataset, data_dir, split)
     root = Path(data_dir or f"data/{dataset}")
-    folder = Path(cache_dir or (root if root.is_dir() else root.parent))
-    if not cache_dir and not os.access(folder, os.W_OK):
-        print(f"{folder} may not be written to: decoded images go to out/cache", flush=True)
-        folder = Path("out/cache")
+    folder = Path(cache_dir or CACHE)
     key = json.dumps([dataset, split, image_size, in_channels, str(root), source.files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{key}.npy"
@@ -397,7 +395,7 @@ def make_parser(dataset="shapes"):
     flag("--dataset", choices=list(PRESETS), default="shapes", help="data set, and its preset")
     flag("--mode", choices=list(MODES), default="adv", help="objective")
     flag("--data_dir", type=a_path, help="folder, zip or npz of the data; else ./data/<dataset>")
-    flag("--cache_dir", type=a_path, help="folder of the decoded images; else beside the data")
+    flag("--cache_dir", type=a_path, help=f"folder of the decoded images; else {CACHE}")
     flag("--limit", type=natural, default=0, help="train on so many of its images; 0: all")
     flag("--init_from", type=a_path, help="begin with the EMA weights of another run")
 
@@ -691,8 +689,7 @@ def main(argv=None):
     out, lead, cuda = args.out, rank == 0, device.type == "cuda"
     cfg = argparse.Namespace(**{key: str(value) if isinstance(value, Path) else value
                                 for key, value in vars(args).items() if key not in SESSION})
-    say = tell if lead else lambda _: None
-    say(f"output {out}")
+    tell(f"output {out}")
     if world > 1:
         start_group(device)
 
@@ -771,7 +768,7 @@ def main(argv=None):
         stored = saved["config"]
         changed = [f"{key} {stored.get(key)} -> {value}" for key, value in vars(cfg).items()
                    if stored.get(key) != value]
-        say("; ".join([f"resuming at step {start:,}", *changed]))
+        tell("; ".join([f"resuming at step {start:,}", *changed]))
     del saved
     fields = Perturbation.__dataclass_fields__.keys() & vars(cfg)
     perturbation = Perturbation(**{key: getattr(cfg, key) for key in fields})
@@ -784,20 +781,20 @@ def main(argv=None):
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
-    say(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
+    tell(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
         f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
         f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
     # Without --filter about 2000 of them say as much.
     seen = noise if cfg.filter else own_noise(
         images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
     low, middle, high = seen.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    say(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)")
+    tell(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)")
     if cfg.filter:
-        say(f"--filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean")
-    say(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
+        tell(f"--filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean")
+    tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
         f"compile {'on' if compiled else 'off'}")
-    say("look at data.png for what it is trained on, samples_*.png for what it draws; losses fall")
+    tell("look at data.png for what it is trained on, samples_*.png for what it draws; losses fall")
 
     # --- run folder: claimed now, and written to once the first step has succeeded
 
@@ -887,7 +884,7 @@ def main(argv=None):
             row = {"step": step, **dict(zip(figures, means)), "lr": learning_rate(step - 1, cfg),
                    "img_s": cfg.batch_size / spent, "s_step": spent,
                    "data_wait": waited / len(recent) / spent, "eta_s": (cfg.steps - step) * spent}
-            say(log_line(row, cfg.steps))
+            tell(log_line(row, cfg.steps))
         tic = time.perf_counter()
         if lead:
             if first:
@@ -914,17 +911,17 @@ def main(argv=None):
         dist.destroy_process_group()
     if stop:
         name = signal.Signals(stop).name
-        say(f"stopped by {name} at step {step:,}; saved, --resume continues")
+        tell(f"stopped by {name} at step {step:,}; saved, --resume continues")
         return 128 + stop
-    say(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}")
+    tell(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}")
     if str(out) in ("out/shapes-dsm", "out/shapes-adv"):
         other = "adv" if cfg.mode == "dsm" else "dsm"
-        say(f"next: python train.py --mode {other}, and then python evaluate.py "
+        tell(f"next: python train.py --mode {other}, and then python evaluate.py "
             "quality out/shapes-dsm out/shapes-adv --num 1000 --features pixels")
     elif cfg.t_max < 1:
-        say(f"next: python sample.py {cfg.init_from} --expert {out}")
+        tell(f"next: python sample.py {cfg.init_from} --expert {out}")
     else:
-        say(f"next: python sample.py {out}")
+        tell(f"next: python sample.py {out}")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,13 @@ def finish(forks):
     return [process.exitcode for process in forks]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """A current folder with a FILE in it: what scripts write to out/ is no part of the project."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path("FILE").touch()
+
+
 @pytest.fixture(scope="session")
 def in_process():
     """Run a script's main() here, on the CPU; the signal handlers that it sets are put back."""

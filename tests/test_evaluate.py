@@ -637,7 +637,7 @@ def test_overfit_prints_a_row_a_checkpoint(pictures, in_process, measure, tmp_pa
     ("quality P/large.npz --reference P/large.npz --features pixels", "12288"),
     ("quality P/folder --reference P/folder --features P/wrong.pt", "(B, d)"),
     ("quality RUN --features P/no.pt", "no.pt"),
-    ("quality RUN --json LICENSE/a.json", "cannot write LICENSE/a.json"),
+    ("quality RUN --json FILE/a.json", "cannot write FILE/a.json"),
     ("memorization RUN --png out/pairs", "does not end in .png"),
     ("memorization RUN --holdout P/nowhere", "neither a data set nor a file"),
     ("memorization P/folder --reference P/folder --holdout cifar10 --data_dir P/double.npz",

@@ -299,7 +299,7 @@ def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake
     ("RUN --sampler euler", "invalid choice"),
     ("RUN --noise_std 0.2", "noise of the images to --denoise"),
     ("RUN --out ", "the path is empty"),
-    ("RUN --out LICENSE", "LICENSE"),
+    ("RUN --out FILE", "FILE"),
 ])
 def test_a_mistake_ends_in_one_line(line, words, run, mistake):
     assert words in mistake("sample", *line.replace("RUN", str(run)).split(" "))

@@ -263,7 +263,7 @@ def test_plan_trains_each_network_once_and_a_mode_without_a_weight_for_none():
     ("plane --noise_p 0.9", "noise_std"),
     ("subspace --data_dir no/such/folder", "no/such/folder"),
     ("subspace --data_dir DIR", "1 images, 1000 are needed"),
-    ("plane --out LICENSE", "LICENSE"),
+    ("plane --out FILE", "FILE"),
 ])
 def test_mistakes_end_in_one_line_before_the_work(line, word, tmp_path, mistake, monkeypatch):
     Image.new("L", (16, 16)).save(tmp_path / "one.png")
