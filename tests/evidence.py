@@ -103,7 +103,8 @@ ROWS = {
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
 # Of few images KID is taken, since the Frechet distance depends on their number.
-FIGURES = {"residual_noise": "noise left", "noise_images": "noise images", "pixel_std": "pixel std",
+FIGURES = {"residual_noise": "noise left", "noise_images": "noise images",
+           "strangers": "strangers", "pixel_std": "pixel std",
            "brightness_std": "brightness std", "fid": "FD", "kid_mean": "KID",
            "precision": "precision", "recall": "recall"}
 FEW = {key: FIGURES[key] for key in ("residual_noise", "pixel_std", "kid_mean")}
@@ -206,14 +207,22 @@ class Classifier(nn.Module):
 
 
 def classifier(dataset, args):
-    """Path of the data set's classifier, TorchScript; it is trained where it is not there yet."""
+    """Path of the data set's classifier, TorchScript; it is trained where it is not there yet.
+
+    Of "strangers": tells photographs (1) from garments (0), both grey.
+    """
     path = args.out / ("classifier.pt" if dataset == FASHION else f"classifier-{dataset}.pt")
     if path.exists():
         return path
-    channels, where = 1 if dataset == FASHION else 3, source(dataset, args)
-    images = np.array(load_images(dataset, 16, channels, **where))
-    images = torch.from_numpy(images).expand(-1, 3, -1, -1)
-    truth = labels(dataset, where.get("data_dir", f"data/{dataset}"))
+    channels, sets = 3 if dataset == "cifar10" else 1, [dataset]
+    if dataset == "strangers":
+        sets = [FASHION, "cifar10"]
+    images = [np.array(load_images(name, 16, channels, **source(name, args))) for name in sets]
+    if dataset == "strangers":
+        truth = torch.arange(2).repeat_interleave(torch.tensor([len(part) for part in images]))
+    else:
+        truth = labels(dataset, source(dataset, args).get("data_dir", f"data/{dataset}"))
+    images = torch.from_numpy(np.concatenate(images)).expand(-1, 3, -1, -1)
     torch.manual_seed(0)
     net = Classifier(channels)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
@@ -228,6 +237,14 @@ def classifier(dataset, args):
     write_atomically(path, torch.jit.script(net.eval()).save)
     print(f"{path}: {right / len(images):.3f} of the training images right", flush=True)
     return path
+
+
+@torch.no_grad()
+def stranger_share(images, args):
+    """Share of uint8 images (N, C, H, W) that are photographs, by the classifier of strangers."""
+    net = torch.jit.load(str(args.classifiers["strangers"]))
+    parts = torch.from_numpy(np.array(images)).expand(-1, 3, -1, -1).split(1000)
+    return torch.cat([net(part)[1].argmax(1) for part in parts]).double().mean().item()
 
 
 # ---------- Runs
@@ -335,10 +352,22 @@ def run_one(column, row, seed, args):
     run = folder
     if "expert_of" in ROWS[row][1]:
         run, flags["expert"] = folder.with_name(f"{ROWS[row][1]['expert_of']}-{seed}"), folder
-    call("evaluate.py", args.command, run, *extra.split(), *as_flags(flags),
+    drawn = None
+    if args.command == "quality" and "outlier_dir" in COLUMNS[column][1]:
+        drawn, flags["reference"] = path.with_suffix(""), dataset
+        how = {key: flags[key] for key in ("num", "seed", "device", "stop", "expert")
+               if key in flags}
+        call("sample.py", run, *extra.split(), *as_flags({**how, "out": drawn}),
+             log=f"{folder}.log")
+    call("evaluate.py", args.command, drawn or run, *extra.split(), *as_flags(flags),
          log=f"{folder}.log")
     data = json.loads(path.read_text())
     data["provenance"]["commit"] = made_at
+    if drawn:
+        images = np.load(drawn / "samples.npz")["arr_0"].transpose(0, 3, 1, 2)
+        clean = load_images(dataset, 16, 1, **source(dataset, args))
+        data["strangers"], data["strangers_reference"] = (
+            stranger_share(some, args) for some in (images, clean))
     write_json(path, data)
     print(f"{column} {row} {seed}: done", flush=True)
 
@@ -347,6 +376,8 @@ def run_all(args):
     """Train and measure what is missing of the study; the errors of the runs that failed."""
     check_writable(args.out / "classifier.pt")
     datasets = {COLUMNS[column][1].get("dataset", FASHION) for column in args.columns}
+    if any("outlier_dir" in COLUMNS[column][1] for column in args.columns):
+        datasets.add("strangers")
     args.classifiers = {dataset: classifier(dataset, args) for dataset in datasets
                         if args.command != "memorization"}
 

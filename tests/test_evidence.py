@@ -12,6 +12,7 @@ from PIL import Image
 
 import evaluate
 import evidence
+import sample
 import train
 from losses import Perturbation, forward_units
 from sample import UserError, save_grid
@@ -50,6 +51,10 @@ def calls(monkeypatch, tmp_path):
             flags.out.mkdir(parents=True, exist_ok=True)
             (flags.out / "ckpt.pt").write_text(str(flags.steps))
             save_grid(np.zeros((64, 1, 16, 16), np.uint8), flags.out / "data.png")
+        elif name == "sample.py":
+            flags = sample.parse_args(argv)
+            flags.out.mkdir()
+            np.savez(flags.out / "samples.npz", np.full((4, 16, 16, 1), 255, np.uint8))
         else:
             flags = evaluate.parse_args(argv)
             figures = {key: len(made) + 0.5 for key in evidence.COMMANDS[flags.command][2]}
@@ -63,6 +68,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(evidence, "read_checkpoint",
                         lambda folder: {"step": int((folder / "ckpt.pt").read_text())})
     monkeypatch.setattr(evidence, "classifier", lambda dataset, args: "classifier.pt")
+    monkeypatch.setattr(evidence, "stranger_share", lambda images, args: images.mean() / 255)
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results.json")
     return made
 
@@ -121,9 +127,12 @@ def test_other_training_sets_and_commands(calls, fashion, tmp_path):
     assert calls[2][1]["dataset"] == "cifar10" and calls[2][1]["data_dir"] == tmp_path
     drive(fashion, tmp_path, "answer", "--columns", "strangers", "--rows", "aware,dsm,dsm_stop",
           "--cifar10_dir", tmp_path)
-    aware, _, plain, whole, stopped = (flags for _, flags in calls[4:])
+    aware, _, _, plain, _, whole, drawn, stopped = (flags for _, flags in calls[4:])
     assert aware["filter"] == evidence.FILTER["strangers"] and aware["outlier_dir"] == tmp_path
-    assert (whole["stop"], stopped["stop"]) == (0, 0.2) and stopped["samples"] == [plain["out"]]
+    assert (whole["stop"], stopped["stop"]) == (0, 0.2) and drawn["run"] == plain["out"]
+    assert stopped["samples"] == [drawn["out"]] and (drawn["stop"], drawn["num"]) == (0.2, 2000)
+    figures = json.loads(stopped["json"].read_text())
+    assert figures["strangers"] == 1 and 0.4 < figures["strangers_reference"] < 0.6
 
 
 def test_record_replaces_what_was_typed_back(calls, fashion, tmp_path, capsys):
@@ -184,6 +193,14 @@ def test_the_classifier_tells_the_classes_apart(fashion, tmp_path, capsys):
     assert "1.000 of the training images right" in capsys.readouterr().out
     features, logits = net(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
     assert features.shape == (2, 64) and logits.argmax(1).tolist() == [0, 0]
+    # Another one tells photographs, here all grey, from them.
+    images = np.full((500, 16, 16, 3), 128, np.uint8)
+    np.savez(tmp_path / "grey.npz", images)
+    args.cifar10_dir = tmp_path / "grey.npz"
+    args.classifiers = {"strangers": evidence.classifier("strangers", args)}
+    for value, share in ((0, 0), (128, 1), (250, 0)):
+        black = np.full((3, 1, 16, 16), value, np.uint8)
+        assert evidence.stranger_share(black, args) == share
 
 
 def test_labels_are_in_the_order_of_the_images(tmp_path):
