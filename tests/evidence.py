@@ -76,7 +76,8 @@ FILTER = {"clean": 0.008, "noise.1": 0.064, "noise.2": 0.11, "all.2": 0.11, "blu
 LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
 # `init_from` names another row: its network is trained for 80 % of the steps and then fine-tuned.
 # `stop` is a flag of evaluate.py's: the row's run is that of `of`.
-BASELINES = "filter", "aware", "aware_stop", "ip", "dsm_stop", "expert"
+BASELINES = ("filter", "aware", "aware_stop", "ip", "dsm_stop", "dsm_stop.4", "dsm_stop.6",
+             "expert")
 ROWS = {
     "dsm": ("dsm (plain)", {"mode": "dsm"}),
     "random": ("random", {"mode": "random"}),
@@ -96,6 +97,8 @@ ROWS = {
     "aware_stop": ("noise-aware, stopped at noise .2", {"of": "aware", "stop": 0.2}),
     "ip": ("DDPM-IP", {"mode": "ip"}),
     "dsm_stop": ("dsm, stopped at noise .2", {"of": "dsm", "stop": 0.2}),
+    "dsm_stop.4": ("dsm, stopped at noise .4", {"of": "dsm", "stop": 0.4}),
+    "dsm_stop.6": ("dsm, stopped at noise .6", {"of": "dsm", "stop": 0.6}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
@@ -131,8 +134,8 @@ STUDIES = {
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
-               ["dsm", "adv_low", "expert", "filter", "aware", "aware_stop", "dsm_stop", "ip",
-                "random", "adv"], [0], 2000),
+               ["dsm", "adv_low", "expert", "filter", "aware", "aware_stop", "dsm_stop",
+                "dsm_stop.4", "dsm_stop.6", "ip", "random", "adv"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
     "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 1000),
