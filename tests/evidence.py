@@ -77,7 +77,7 @@ LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
 # `init_from` names another row: its network is trained for 80 % of the steps and then fine-tuned.
 # `stop` is a flag of evaluate.py's: the row's run is that of `of`.
 BASELINES = ("filter", "aware", "aware_stop", "ip", "dsm_stop", "dsm_stop.4", "dsm_stop.6",
-             "expert")
+             "expert", "expert.2")
 ROWS = {
     "dsm": ("dsm (plain)", {"mode": "dsm"}),
     "random": ("random", {"mode": "random"}),
@@ -104,6 +104,8 @@ ROWS = {
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
     "expert": ("dsm, adv expert for t < T / 10",
                {"mode": "adv", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
+    "expert.2": ("dsm, adv expert for t < T / 5",
+                 {"mode": "adv", "t_max": 0.2, "ema": 0.99, "expert_of": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
@@ -134,7 +136,7 @@ STUDIES = {
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
-               ["dsm", "adv_low", "expert", "filter", "aware", "aware_stop", "dsm_stop",
+               ["dsm", "adv_low", "expert", "expert.2", "filter", "aware", "aware_stop", "dsm_stop",
                 "dsm_stop.4", "dsm_stop.6", "ip", "random", "adv"], [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
