@@ -543,7 +543,8 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     perturb: hook (x, t) -> x on the state before each step, where an attack goes.
     progress: hook (i, steps), called after each step.
     stop: end with the denoised estimate at the first time whose noise s / sqrt(a) is below this,
-        before the times at which a model of noisy data has learned to draw their noise.
+        before the times at which a model of noisy data has learned to draw their noise: of its
+        std n, n^2 / sqrt(n^2 + stop^2) is left.
     """
     x = noise()
     for i, (t, prev) in enumerate(step_pairs(diffusion.T, steps, spacing)):
@@ -701,7 +702,8 @@ def add_sampling_flags(flag):
     flag("--spacing", choices=["respaced", "naive"], default="respaced",
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
-         help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this")
+         help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this: twice "
+              "the std of the data's noise is a good choice")
     flag("--expert", type=a_path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
