@@ -77,7 +77,7 @@ LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
 # `init_from` names another row: its network is trained for 80 % of the steps and then fine-tuned.
 # `stop` is a flag of evaluate.py's: the row's run is that of `of`.
 BASELINES = ("filter", "aware", "aware_stop", "ip", "dsm_stop", "dsm_stop.4", "dsm_stop.6",
-             "expert", "expert.2")
+             "adv_low_stop.4", "expert_stop", "expert", "expert.2")
 ROWS = {
     "dsm": ("dsm (plain)", {"mode": "dsm"}),
     "random": ("random", {"mode": "random"}),
@@ -99,6 +99,10 @@ ROWS = {
     "dsm_stop": ("dsm, stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "dsm_stop.4": ("dsm, stopped at noise .4", {"of": "dsm", "stop": 0.4}),
     "dsm_stop.6": ("dsm, stopped at noise .6", {"of": "dsm", "stop": 0.6}),
+    "adv_low_stop.4": ("adv, lowest tenth of t, stopped at noise .4",
+                       {"of": "adv_low", "stop": 0.4}),
+    "expert_stop": ("dsm, adv expert for t < T / 10, stopped at noise .2",
+                    {"of": "expert", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
@@ -137,7 +141,8 @@ STUDIES = {
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
                ["dsm", "adv_low", "expert", "expert.2", "filter", "aware", "aware_stop", "dsm_stop",
-                "dsm_stop.4", "dsm_stop.6", "ip", "random", "adv"], [0], 2000),
+                "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4", "expert_stop", "ip", "random", "adv"],
+               [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
     "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 1000),
@@ -327,8 +332,9 @@ def result_path(column, row, seed, args):
     """Where the figures of a run are, once it is done."""
     num = min(args.num, COMMANDS[args.command][1])
     # A late start fits one number of steps: that of another number does not go on from it.
-    late = {"init_from", "expert_of"} & ROWS[row][1].keys()
-    name = f"{row}_{args.steps}" if late else run_of(row)
+    name = run_of(row)
+    if {"init_from", "expert_of"} & ROWS[name][1].keys():
+        name = f"{name}_{args.steps}"
     stop = f"-stop{ROWS[row][1]['stop']}" if "stop" in ROWS[row][1] else ""
     return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}{stop}.json"
 
@@ -357,8 +363,8 @@ def run_one(column, row, seed, args):
     if args.command != "denoise":
         flags["png"] = path.with_suffix(".png")
     run = folder
-    if "expert_of" in ROWS[row][1]:
-        run, flags["expert"] = folder.with_name(f"{ROWS[row][1]['expert_of']}-{seed}"), folder
+    if plain := ROWS[run_of(row)][1].get("expert_of"):
+        run, flags["expert"] = folder.with_name(f"{plain}-{seed}"), folder
     drawn = None
     if args.command == "quality" and "outlier_dir" in COLUMNS[column][1]:
         drawn, flags["reference"] = path.with_suffix(""), dataset

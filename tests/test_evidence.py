@@ -111,6 +111,11 @@ def test_a_late_start_is_initialised_from_a_plain_run(calls, fashion, tmp_path):
     assert plain["steps"] == 100 and plain["out"].name == "dsm-0"
     assert (copy["t_max"], copy["steps"], asked["expert"]) == (0.1, 25, copy["out"])
     assert asked["samples"] == [copy["init_from"]] == [plain["out"]]
+    drive(fashion, tmp_path, "answer", "--rows", "expert_stop", "--columns", "clean", "--steps",
+          100)
+    stopped = calls.pop()[1]
+    assert (stopped["stop"], stopped["expert"], stopped["samples"]) == (
+        0.2, copy["out"], asked["samples"])
     # Stopped in its second part it goes on there.
     (late["out"] / "quality-100-2000.json").unlink()
     (late["out"] / "ckpt.pt").write_text("10")
