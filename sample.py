@@ -159,7 +159,7 @@ def setup_device(device="auto"):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if rank:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return rank, local, world, device
 
 
@@ -539,7 +539,7 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
 
     noise: function returning fresh standard normals (B, ...); the first draw is x_T.
     spacing: "respaced" steps from one of the chosen time steps to the next. "naive" takes the
-        one-step t -> t-1 update at each of them, which leaves noise behind (see README).
+        one-step t -> t-1 update at each of them, which leaves noise behind.
     perturb: hook (x, t) -> x on the state before each step, where an attack goes.
     progress: hook (i, steps), called after each step.
     stop: end with the denoised estimate at the first time whose noise s / sqrt(a) is below this,
@@ -702,8 +702,8 @@ def add_sampling_flags(flag):
     flag("--spacing", choices=["respaced", "naive"], default="respaced",
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
-         help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this: twice "
-              "the std of the data's noise is a good choice")
+         help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this; "
+              "twice the std of the data's noise was best where it was tried")
     flag("--expert", type=a_path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")

@@ -409,7 +409,7 @@ def make_parser(dataset="shapes"):
          help="replace them by images of this folder, zip or npz instead")
     flag("--filter", type=size, default=0.0,
          help="train only on images whose own noise estimate is below this; 0: all. The start of a "
-              "run prints the estimates' quantiles: half the median is a good choice")
+              "run prints the estimates' quantiles: half the median is good where most are noisy")
 
     flag = p.add_argument_group("regulariser (losses.Perturbation)").add_argument
     flag("--reading", choices=list(READINGS), default=own.reading, help="form of the radius")
@@ -782,8 +782,8 @@ def main(argv=None):
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
     tell(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
-        f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
-        f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
+         f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
+         f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
     # Without --filter about 2000 of them say as much.
     seen = noise if cfg.filter else own_noise(
         images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
@@ -792,8 +792,8 @@ def main(argv=None):
     if cfg.filter:
         tell(f"--filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean")
     tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
-        f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
-        f"compile {'on' if compiled else 'off'}")
+         f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
+         f"compile {'on' if compiled else 'off'}")
     tell("look at data.png for what it is trained on, samples_*.png for what it draws; losses fall")
 
     # --- run folder: claimed now, and written to once the first step has succeeded
@@ -917,7 +917,7 @@ def main(argv=None):
     if str(out) in ("out/shapes-dsm", "out/shapes-adv"):
         other = "adv" if cfg.mode == "dsm" else "dsm"
         tell(f"next: python train.py --mode {other}, and then python evaluate.py "
-            "quality out/shapes-dsm out/shapes-adv --num 1000 --features pixels")
+             "quality out/shapes-dsm out/shapes-adv --num 1000 --features pixels")
     elif cfg.t_max < 1:
         tell(f"next: python sample.py {cfg.init_from} --expert {out}")
     else:

@@ -64,7 +64,7 @@ def finish(forks):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path_factory, monkeypatch):
-    """A current folder with a FILE in it: what scripts write to out/ is no part of the project."""
+    """A current folder with a FILE in it: what a test writes to out/ is no part of the project."""
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
     Path("FILE").touch()
 

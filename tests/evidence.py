@@ -91,7 +91,7 @@ ROWS = {
     "adv_l2_share": ("adv, l2, random 30 %", {**SHARE, "ascent_norm": "l2"}),
     "adv_epsilon_share": ("adv, reading epsilon, random 30 %", {**SHARE, "reading": "epsilon"}),
     "invariant_share": ("invariant, random 30 %", {"mode": "invariant", "reg_share": 0.3}),
-    "filter": ("dsm on images of low noise estimate", {"mode": "dsm", "filter": "own"}),
+    "filter": ("dsm on low noise estimates", {"mode": "dsm", "filter": "own"}),
     "aware": ("noise-aware, by estimates", {"mode": "aware", "filter": "own"}),
     # Where no image is clean, nothing teaches it the times of less noise than the images have.
     "aware_stop": ("noise-aware, stopped at noise .2", {"of": "aware", "stop": 0.2}),
@@ -99,10 +99,8 @@ ROWS = {
     "dsm_stop": ("dsm, stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "dsm_stop.4": ("dsm, stopped at noise .4", {"of": "dsm", "stop": 0.4}),
     "dsm_stop.6": ("dsm, stopped at noise .6", {"of": "dsm", "stop": 0.6}),
-    "adv_low_stop.4": ("adv, lowest tenth of t, stopped at noise .4",
-                       {"of": "adv_low", "stop": 0.4}),
-    "expert_stop": ("dsm, adv expert for t < T / 10, stopped at noise .2",
-                    {"of": "expert", "stop": 0.2}),
+    "adv_low_stop.4": ("adv, lowest tenth, stopped at .4", {"of": "adv_low", "stop": 0.4}),
+    "expert_stop": ("with expert, stopped at .2", {"of": "expert", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
@@ -499,7 +497,7 @@ def rendered(records):
         for name, (label, flags) in known.items():
             flags = " ".join(f"--{flag} {value}" for flag, value in flags.items())
             lines.append([label, f"`{name}`", f"`{flags}`" if flags else ""])
-        parts.append(markdown([title, "its name in evidence.py", "flags of train.py"], lines))
+        parts.append(markdown([title, "its name in evidence.py", "settings there"], lines))
     for one in records:
         command = f" `{one['command']}`" if one["command"] else ""
         parts.append(f"## {one['heading']}\n\n{one['title']}{command}\n")
@@ -608,7 +606,7 @@ def parse_args(argv=None):
     flag("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
     flag("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
     flag("--cifar10_test", help="its test images, where --cifar10_dir has none: for denoise")
-    flag("--cache_dir", help="folder of the decoded images; else beside the data")
+    flag("--cache_dir", help="folder of the decoded images; else out/cache")
     flag("--out", type=Path, default=Path("out/evidence"), help="folder of the runs")
     args = p.parse_args(argv)
     args.command, *study = STUDIES[args.study]
