@@ -94,7 +94,7 @@ ROWS = {
     "filter": ("dsm on low noise estimates", {"mode": "dsm", "filter": "own"}),
     "aware": ("noise-aware, by estimates", {"mode": "aware", "filter": "own"}),
     # Where no image is clean, nothing teaches it the times of less noise than the images have.
-    "aware_stop": ("noise-aware, stopped at noise .2", {"of": "aware", "stop": 0.2}),
+    "aware_stop": ("noise-aware, stopped at .2", {"of": "aware", "stop": 0.2}),
     "ip": ("DDPM-IP", {"mode": "ip"}),
     "dsm_stop": ("dsm, stopped at noise .2", {"of": "dsm", "stop": 0.2}),
     "dsm_stop.4": ("dsm, stopped at noise .4", {"of": "dsm", "stop": 0.4}),
