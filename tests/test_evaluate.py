@@ -304,9 +304,9 @@ def measure(in_process, tmp_path_factory):
     def run_command(*argv):
         in_process("evaluate", *argv, "--cache_dir", out / "cache", "--json", out / "a.json")
         found = json.loads((out / "a.json").read_text())
-        if argv[0] in evidence.COMMANDS:  # What it prints.
+        if argv[0] in evidence.COMMANDS:  # What it prints, but for what it counts itself.
             for row in found.get("rows", [found]):
-                assert evidence.COMMANDS[argv[0]][2].keys() <= row.keys()
+                assert evidence.COMMANDS[argv[0]][2].keys() - {"strangers"} <= row.keys()
         return found
 
     return run_command
@@ -606,10 +606,10 @@ def test_alarm_sounds_for_a_network_that_deceives_one_step(norm):
 
 
 def test_overfit_prints_a_row_a_checkpoint(pictures, in_process, measure, tmp_path):
-    in_process("train", *TINY, "--mode", "dsm", "--mult", 1, "--attention", 0, "--dataset", "folder",
-               "--data_dir", pictures / "folder", "--noise_p", 0.5, "--noise_std", 0.2, "--filter",
-               0.65, "--lr", 0.01, "--warmup", 0, "--steps", 2, "--save_every", 1, "--keep", 2,
-               "--out", tmp_path)
+    in_process("train", *TINY, "--mode", "dsm", "--mult", 1, "--attention", 0, "--dataset",
+               "folder", "--data_dir", pictures / "folder", "--noise_p", 0.5, "--noise_std", 0.2,
+               "--filter", 0.65, "--lr", 0.01, "--warmup", 0, "--steps", 2, "--save_every", 1,
+               "--keep", 2, "--out", tmp_path)
     found = measure("overfit", tmp_path / "ckpt_0000001.pt", tmp_path, "--num", 3)
     first, last = found["rows"]
     assert (first["step"], last["step"], found["provenance"]["num"]) == (1, 2, 3)
