@@ -677,13 +677,16 @@ def check_alike(run, other):
 def with_expert(run, path, device, raw=False):
     """A run with the network of another, of `train.py --t_max U`, where t < U T; None: as it is.
 
-    Raises UserError for an expert that does not fit.
+    Raises UserError for an expert that does not fit, and for one of all t.
     """
     if path is None:
         return run
     expert = load_run(path, device, raw)
     check_alike(run, expert)
-    end = expert.config.get("t_max", 1.0) * run.diffusion.T
+    share = expert.config.get("t_max", 1.0)
+    if share == 1:
+        raise UserError(f"--expert {path}: it was not fine-tuned by train.py --t_max")
+    end = share * run.diffusion.T
 
     def net(x, t):  # A batch that is drawn has one time step.
         return (expert.net if t[0] < end else run.net)(x, t)

@@ -76,8 +76,6 @@ FILTER = {"clean": 0.008, "noise.1": 0.064, "noise.2": 0.11, "all.2": 0.11, "blu
 LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
 # `init_from` names another row: its network is trained for 80 % of the steps and then fine-tuned.
 # `stop` is a flag of evaluate.py's: the row's run is that of `of`.
-BASELINES = ("filter", "aware", "aware_stop", "ip", "dsm_stop", "dsm_stop.4", "dsm_stop.6",
-             "adv_low_stop.4", "expert_stop", "expert", "expert.2")
 ROWS = {
     "dsm": ("dsm (plain)", {"mode": "dsm"}),
     "random": ("random", {"mode": "random"}),
@@ -134,7 +132,9 @@ COMMANDS = {
 # study: (command, columns, rows, seeds, training steps)
 STUDIES = {
     "frontier": ("quality", ["noise.2"],
-                 [row for row in ROWS if "late" not in row and row not in BASELINES], [0], 2000),
+                 ["dsm", "random", "random_lam1", "adv", "adv_low", "adv_low_lam0.1",
+                  "adv_low_lam1", "adv_low_0.3", "adv_share", "adv_l2_share",
+                  "adv_epsilon_share", "invariant_share"], [0], 2000),
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
@@ -224,9 +224,8 @@ def classifier(dataset, args):
     path = args.out / ("classifier.pt" if dataset == FASHION else f"classifier-{dataset}.pt")
     if path.exists():
         return path
-    channels, sets = 3 if dataset == "cifar10" else 1, [dataset]
-    if dataset == "strangers":
-        sets = [FASHION, "cifar10"]
+    channels = 3 if dataset == "cifar10" else 1
+    sets = [FASHION, "cifar10"] if dataset == "strangers" else [dataset]
     images = [np.array(load_images(name, 16, channels, **source(name, args))) for name in sets]
     if dataset == "strangers":
         truth = torch.arange(2).repeat_interleave(torch.tensor([len(part) for part in images]))

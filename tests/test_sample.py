@@ -290,6 +290,7 @@ def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake
     note = json.loads((tmp_path / "a/samples.json").read_text())
     assert note["expert_sha256"] == expert.origin["weights_sha256"]
     assert "one network" in mistake("sample", run, "--expert", file, "--export", tmp_path / "b")
+    assert "not fine-tuned by" in mistake("sample", run, "--expert", run, "--out", tmp_path / "c")
 
 
 @pytest.mark.parametrize("line, words", [
