@@ -106,6 +106,11 @@ ROWS = {
                {"mode": "adv", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
     "expert.2": ("dsm, adv expert for t < T / 5",
                  {"mode": "adv", "t_max": 0.2, "ema": 0.99, "expert_of": "dsm"}),
+    # What of the expert's gain is the second network's, and what the smaller objective would do.
+    "expert_dsm": ("dsm, dsm expert for t < T / 10",
+                   {"mode": "dsm", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
+    "expert_random": ("dsm, random expert for t < T / 10",
+                      {"mode": "random", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
     "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
@@ -138,8 +143,9 @@ STUDIES = {
     "table": ("quality", ["clean", "outliers", "noise.1"],
               ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
     "answer": ("quality", ["all.2", "noise.2", "blurred", "clean", "strangers"],
-               ["dsm", "adv_low", "expert", "expert.2", "filter", "aware", "aware_stop", "dsm_stop",
-                "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4", "expert_stop", "ip", "random", "adv"],
+               ["dsm", "adv_low", "expert", "expert_dsm", "expert_random", "expert.2", "filter",
+                "aware", "aware_stop", "dsm_stop", "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4",
+                "expert_stop", "ip", "random", "adv"],
                [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
