@@ -305,8 +305,11 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     r, lam_t = radius_and_weight(s, cfg)
     omega = random_omega(r, x)
 
+    # One pass predicts all, unless dropout ties the first k to their other branches.
+    n = len(t) if getattr(net, "dropout", None) == 0 else k
     again = repeat_randomness(x.device)
-    clean = predict_eps(net, diffusion, x, times)
+    predicted = predict_eps(net, diffusion, x_t[:n], t[:n])
+    clean = predicted[:k]
     if adversarial:
         weights = frozen(net)
         omega = ascend(lambda x, t: predict_eps(weights, diffusion, x, t), omega, x, s, times, r,
@@ -316,9 +319,9 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
 
     target = clean.detach() if cfg.detach_target else clean
     residual = mean_square(moved - target - omega if equivariant else moved - target)
-    fit = mean_square(clean - eps[:k])
-    if k < len(t):
-        fit = torch.cat([fit, mean_square(predict_eps(net, diffusion, x_t[k:], t[k:]) - eps[k:])])
+    fit = mean_square(predicted - eps[:n])
+    if n < len(t):
+        fit = torch.cat([fit, mean_square(predict_eps(net, diffusion, x_t[n:], t[n:]) - eps[n:])])
     weight = lam_t.flatten() * (times < cfg.reg_t * diffusion.T)
     fit, reg = fit.mean(), (weight * residual).sum() / k * low / len(t)
     figures = {"dsm": fit, "reg": reg, "equivariance": residual.mean(), "omega": omega.abs().mean()}

@@ -135,7 +135,7 @@ class UNet(nn.Module):
 
         groups = norm_groups(channels)
         emb = 4 * channels
-        self.channels = channels
+        self.channels, self.dropout = channels, dropout
         self.emb1 = xavier_init(nn.Linear(channels, emb))
         self.emb2 = xavier_init(nn.Linear(emb, emb))
 

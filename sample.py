@@ -747,13 +747,8 @@ def claim_folder(out, picture, names, provenance, overwrite):
     """
     note = out / "samples.json"
     old = read_json(note)
-    there = [out / name for name in names if (out / name).exists()]
-    there += [path for path in out.glob("[0-9]" * 6 + "*.png")
-              if path.stem.isdigit() and path.name not in names]
-    # What was cleaned before, as far as the note may be believed.
-    there += [out / name for name in old.get("noise_std") or {} if name not in names
-              and (out / name).exists()
-              and Path(os.path.realpath(out / name)).is_relative_to(os.path.realpath(out))]
+    there = [path for path in out.rglob("*.png")  # Without samples in a folder of their own.
+             if path.parent == out or not (path.parent / "samples.json").exists()]
     if "sampler" not in old:
         found = [path for path in out.glob("*") if not path.name.startswith(".")]
         found += [picture] if picture.exists() else []
@@ -762,7 +757,7 @@ def claim_folder(out, picture, names, provenance, overwrite):
                             "or take another --out")
     changed = [key for key in {**old, **provenance} if key not in ("num", "run", "expert")
                and old.get(key) != provenance.get(key)] if old else []
-    if len(there) > len(names):
+    if not {*there} <= {out / name for name in names}:
         changed.append(f"num, {len(there)} images there,")
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "

@@ -30,6 +30,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Lock
 
+# As in train.py: the classifier may be trained beside other runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont

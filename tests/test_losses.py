@@ -351,13 +351,19 @@ def test_a_share_of_the_batch_is_regularised_and_all_of_it_fitted(mode, low, mon
         grads = torch.autograd.grad(loss, list(net.parameters()))
         return figures, torch.cat([g.flatten() for g in grads])
 
-    shared, got = gradients(mode, slice(None), cfg)
     alone, of_rows = gradients(mode, rows, Perturbation())
     _, of_rows_dsm = gradients("dsm", rows, None)
     whole_dsm, of_all_dsm = gradients("dsm", slice(None), None)
-    assert shared["dsm"] == pytest.approx(whole_dsm["dsm"].item(), rel=1e-5)
-    assert shared["reg"] == pytest.approx(weight * alone["reg"].item(), rel=1e-5)
-    assert torch.allclose(got, of_all_dsm + weight * (of_rows - of_rows_dsm), rtol=1e-3, atol=1e-5)
+    calls = []
+    net.register_forward_pre_hook(lambda net, inputs: calls.append(len(inputs[1])))
+    for net.dropout, passes in ((0.0, [8]), (None, [2, 6])):  # A network that may drop needs two.
+        calls.clear()
+        shared, got = gradients(mode, slice(None), cfg)
+        assert sorted(calls) == sorted(passes + [2] * (1 if mode == "random" else 2))
+        assert shared["dsm"] == pytest.approx(whole_dsm["dsm"].item(), rel=1e-5)
+        assert shared["reg"] == pytest.approx(weight * alone["reg"].item(), rel=1e-5)
+        assert torch.allclose(got, of_all_dsm + weight * (of_rows - of_rows_dsm), rtol=1e-3,
+                              atol=1e-5)
 
 
 def test_forward_units():
