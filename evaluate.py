@@ -13,11 +13,15 @@ import hashlib
 import inspect
 import itertools
 import math
+import os
 import sys
 import textwrap
 import warnings
 from functools import partial
 from pathlib import Path
+
+# See sample.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -31,7 +35,7 @@ from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps
                     radius_and_weight, random_omega, trajectory_attack)
 from model import diffusers_file
 from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, add_sampling_flags,
-                    check_alike, check_writable, clean_images, comma_list, crop_resize,
+                    check_alike, check_writable, clean_images, comma_list, commit, crop_resize,
                     denoise_step, draw_images, finite, haar, image_noise, load_run, number,
                     open_images, read_json, run_cli, save_grid, save_npz, seed_for, setup_device,
                     step_pairs, ticker, user_errors, with_expert, write_atomically, write_json)
@@ -265,7 +269,7 @@ def load_features(args, shape, about):
 
 @contextlib.contextmanager
 def full_precision():
-    """No TF32, which `setup_device` allows for sampling: figures are to equal the reference's."""
+    """No gradients, and no TF32, which `setup_device` allows: figures equal the reference's."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -355,22 +359,22 @@ def frechet(mean1, cov1, mean2, cov2):
     return max(0.0, distance.item())
 
 
-def inception_score(logits, splits=10):
-    """exp(mean KL(p(y|x) || p(y))) of each split, in file order: (mean, std over the splits)."""
+def inception_score(logits):
+    """exp(mean KL(p(y|x) || p(y))) of each tenth, in file order: (mean, std over the tenths)."""
     n, scores = len(logits), []
-    for i in range(splits):
-        p = logits[i * n // splits:(i + 1) * n // splits].double().softmax(1).numpy()
+    for i in range(10):
+        p = logits[i * n // 10:(i + 1) * n // 10].double().softmax(1).numpy()
         scores.append(np.exp(entropy(p, p.mean(0, keepdims=True), axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def kid(fake, real, subsets=100, size=1000, seed=2020):
+def kid(fake, real, subsets=100, size=1000):
     """Unbiased MMD^2, kernel (x.y / d + 1)^3, over random subsets: (mean, std over subsets).
 
     Seed and order of drawing are torch-fidelity's. A size above a set's is cut to it.
     """
     size, values = min(size, len(fake), len(real)), []
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(2020)
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -388,8 +392,8 @@ def plain_figures(images, level=0.3):
     residual_noise: the noise's std by Donoho's estimate, median |Haar detail| / 0.6745, one median
         over all images; nan below 2x2 pixels.
     pixel_std: over all values.  brightness_std: over the images, of their means.
-    noise_images: share of images that are mostly noise, their own estimate above `level`: of a few
-        of them the median over all knows nothing.
+    noise_images: share of images that are mostly noise, their own estimate above `level`. The
+        median over all images does not notice a few of them.
     """
     detail = np.stack([haar(image.astype(np.int16)) for image in images])
     means = np.array([image.mean() for image in images])
@@ -504,7 +508,8 @@ def attack_hook(net, attack_steps, run, args, norms):
         and budget as `trajectory_attack`; eot, how many of the sampler's noises to average over.
     norms: (num,), filled with each image's largest push, in the ball's own norm and units.
     """
-    diffusion, path = run.diffusion, step_pairs(run.diffusion.T, args.steps, args.spacing)
+    diffusion = run.diffusion
+    path = step_pairs(diffusion, args.steps, args.spacing, args.stop)
     pushes = max(1, round(args.share * len(path)))
     chosen = {path[int((i + 0.5) * len(path) / pushes)][0] for i in range(pushes)}
 
@@ -532,15 +537,16 @@ def attack_hook(net, attack_steps, run, args, norms):
 
 
 def overfit(net, diffusion, x0, cfg):
-    """J after 10 steps of PGD and after the step of training, cfg's: {t: (J_pgd10, J_train)}.
+    """J after 10 steps of PGD and after the step of training, cfg's: {share: (J_pgd10, J_train)}.
 
     J = |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2, the mean over x0 (B, C, H, W), at five
-    t from nearly clean to nearly noise; x_t, radii and random start are the same at every call. A
-    growing ratio says that training has learnt to deceive its own step (Wong et al. 2020).
+    shares of the t that are regularised; x_t, radii and start are the same at every call. A growing
+    ratio says that training has learnt to deceive its own step (Wong et al. 2020).
     net: as `load_run` returns it.  Reseeds torch.
     """
     found, view = {}, partial(predict_eps, net, diffusion)
-    for now in (int(share * diffusion.T) for share in (0.02, 0.1, 0.25, 0.5, 0.8)):
+    for share in (0.02, 0.1, 0.25, 0.5, 0.8):
+        now = int(share * min(cfg.reg_t, cfg.t_max) * diffusion.T)
         torch.manual_seed(seed_for(FIXED_BATCH, now))
         t = torch.full((len(x0),), now, device=x0.device)
         x_t = diffusion.diffuse(x0, t, torch.randn_like(x0))
@@ -551,8 +557,8 @@ def overfit(net, diffusion, x0, cfg):
             clean = view(x_t, t)
             omegas = (pgd(view, start, x_t, s, t, r, clean, cfg.ascent_norm, 10),
                       ascend(view, start, x_t, s, t, r, clean, cfg))
-            found[now] = tuple(mean_square(view(x_t + s * omega, t) - clean).mean().item()
-                               for omega in omegas)
+            found[share] = tuple(mean_square(view(x_t + s * omega, t) - clean).mean().item()
+                                 for omega in omegas)
     return found
 
 
@@ -636,6 +642,7 @@ def memorization(args, about):
     similarity to the most similar training image (pixels: less the mean image), and the shares
     above .9, .95, .99. Beside it held-out images, the curve of an honest model, and the samples
     blurred, since smoothness alone changes similarity. Exact duplicates in training count once.
+    Training images are taken as they were before --noise_p: a copy with its noise is not found.
     """
     shape, load, config = load_samples(args.samples, args, about)
     train = load_reference(args.reference, shape, args, about, config)
@@ -686,7 +693,7 @@ def memorization(args, about):
 def denoising(args, about):
     """Held-out images plus Gaussian noise, denoised from the time step of nearest s / sqrt(a).
 
-    One-shot: D(x_t). Ancestral: DDPM steps from t down, as sample.py --denoise takes them.
+    One-shot: D(x_t). Ancestral: all DDPM steps from t down. All three are clipped to [-1, 1].
     psnr: dB, peak 2, the mean over images; gain: over the input, their median; residual:
     `residual_noise`, std on the [-1, 1] scale.
     """
@@ -707,7 +714,7 @@ def denoising(args, about):
             once = denoise(net, diffusion, x, torch.full((len(x),), t, device=x.device))
             x = clean_images(net, diffusion, noisy, torch.full((len(x),), std, device=x.device),
                              image_noise(args.seed, index, shape, args.device), "ddpm", diffusion.T)
-            return noisy, once.clamp(-1, 1), x.clamp(-1, 1)
+            return [image.clamp(-1, 1) for image in (noisy, once, x)]
 
         row = {"t": t, "noise_std": std, "clean residual": clean_noise}
         found = extract(images, denoised, args, f"noise {std}")
@@ -724,10 +731,10 @@ def denoising(args, about):
 
 
 def overfitting(args, about):
-    """J under 10 steps of PGD over J under the training step, at five time steps, raw weights.
+    """J under 10 steps of PGD over J under the training step, raw weights, at five shares of t.
 
     A row for each checkpoint, `ratio` the largest of its five: the alarm of Wong et al. 2020. On
-    the first --num training images as training saw them.
+    the first --num training images as training saw them; of t what --reg_t and --t_max left.
     """
     rows, about["checkpoints"] = [], []
     for path in args.run:
@@ -739,7 +746,8 @@ def overfitting(args, about):
         x0 = training_images(images, index, spoil)
         cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
         found = overfit(net, diffusion, x0.to(args.device), cfg)
-        ratios = {f"t = {t}": after / own if own else None for t, (after, own) in found.items()}
+        ratios = {f"at {share:.0%} of t": after / own if own else None
+                  for share, (after, own) in found.items()}
         about["checkpoints"].append(origin)
         rows.append({"checkpoint": str(path), "step": origin["step"],
                      "ratio": max(filter(None, ratios.values()), default=None), **ratios,
@@ -866,7 +874,7 @@ def main(argv=None):
     args = parse_args(argv)
     png, args.raw = getattr(args, "png", None), getattr(args, "raw", True)  # The alarm's are raw.
     about = {key: value for key, value in vars(args).items()
-             if key not in ("device", "json")}
+             if key not in ("device", "json")} | {"commit": commit()}
     _, _, world, args.device = setup_device(args.device)
     if world > 1:
         raise UserError("evaluate.py runs in one process; `torchrun sample.py` draws on several")

@@ -103,8 +103,8 @@ class Perturbation:
     detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
     reg_t: only t < reg_t T are regularised, at the weight that they have in the batch (ours;
         paper: 1). Below 1 it needs t as `stratified_t` draws them.
+    reg_share: of these, a random share is, in (0, 1], and stands for all of them (ours; paper: 1).
     t_max: training sees t < t_max T alone, as a model's expert for the last steps does (ours).
-    reg_share: a random share of those is, in (0, 1], and stands for all of them (ours; paper: 1).
     ip_gamma: std of DDPM-IP's second noise, in units of the first (their CIFAR-10: .15).
     """
 
@@ -194,7 +194,7 @@ def ascent_gradient(view, omega, x, s, t, clean):
     with torch.enable_grad():
         # A sum in float32: a mean's gradient underflows in float16.
         J = (view(x + s * omega, t) - clean.detach()).float().square().sum()
-        return torch.autograd.grad(J, omega)[0].nan_to_num(0.0)
+        return torch.autograd.grad(J, omega)[0].nan_to_num(0.0, 0.0, 0.0)
 
 
 def along(grad, r):
@@ -203,7 +203,7 @@ def along(grad, r):
     return r * math.sqrt(grad[0].numel()) * grad / length.clamp(min=1e-30)
 
 
-def ascend(view, omega, x_t, s, t, r, clean, cfg, again=lambda: None):
+def ascend(view, omega, x_t, s, t, r, clean, cfg, rewind=lambda: None):
     """Training's omega: ascend J = |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2.
 
     linf: omega <- clip(omega + 1.25 r sign(grad J), -r, r).
@@ -212,10 +212,10 @@ def ascend(view, omega, x_t, s, t, r, clean, cfg, again=lambda: None):
 
     view: function (x, t) -> (B, ...), such as a network on frozen weights; clean: view(x_t, t).
     omega: the start, U[-r, r], (B, ...): J's gradient is exactly zero at omega = 0.
-    again: called before the network, to repeat its dropout.
+    rewind: called before the network, to repeat its dropout.
     """
     for _ in range(cfg.ascent_steps):
-        again()
+        rewind()
         grad = ascent_gradient(view, omega, x_t, s, t, clean)
         if cfg.ascent_norm == "linf":
             omega = (omega + cfg.ascent_step * r * grad.sign()).clamp(-r, r)
@@ -292,8 +292,9 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     adversarial: omega from `ascend`, else random.
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
-    # t ascends to t_max T: the first `low` hold all below reg_t T.
-    low = math.ceil(min(1, cfg.reg_t / cfg.t_max) * len(t) - 1e-6)
+    # t ascends to t_max T: the first `low` samples hold all below reg_t T. k are regularised.
+    below, of = (math.ceil(u * diffusion.T - 1e-6) for u in (cfg.reg_t, cfg.t_max))
+    low = math.ceil(min(1, below / of) * len(t) - 1e-6)
     k = max(1, round(cfg.reg_share * low))
     if k < low:
         order = torch.arange(len(t), device=t.device)
@@ -307,14 +308,14 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
 
     # One pass predicts all, unless dropout ties the first k to their other branches.
     n = len(t) if getattr(net, "dropout", None) == 0 else k
-    again = repeat_randomness(x.device)
+    rewind = repeat_randomness(x.device)
     predicted = predict_eps(net, diffusion, x_t[:n], t[:n])
     clean = predicted[:k]
     if adversarial:
         weights = frozen(net)
         omega = ascend(lambda x, t: predict_eps(weights, diffusion, x, t), omega, x, s, times, r,
-                       clean, cfg, again)
-    again()
+                       clean, cfg, rewind)
+    rewind()
     moved = predict_eps(net, diffusion, x + s * omega, times)
 
     target = clean.detach() if cfg.detach_target else clean
@@ -323,6 +324,7 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     if n < len(t):
         fit = torch.cat([fit, mean_square(predict_eps(net, diffusion, x_t[n:], t[n:]) - eps[n:])])
     weight = lam_t.flatten() * (times < cfg.reg_t * diffusion.T)
+    # Of the mean over the batch; the k stand for all `low`.
     fit, reg = fit.mean(), (weight * residual).sum() / k * low / len(t)
     figures = {"dsm": fit, "reg": reg, "equivariance": residual.mean(), "omega": omega.abs().mean()}
     return fit + reg, {name: value.detach() for name, value in figures.items()}

@@ -31,7 +31,7 @@ def xavier_init(layer, gain=1.0):
 
 
 def norm_groups(channels):
-    """Groups of the normalisations: the published 32; a narrow network has 4 channels in each."""
+    """Groups of the normalisations: up to the published 32, of 4 channels or more each."""
     return next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
 
 

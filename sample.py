@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 import zipfile
@@ -27,6 +28,10 @@ from datetime import timedelta
 from itertools import count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
+
+# Read when torch is imported: beside another process, threads that wait by spinning take several
+# times as long; on an idle machine they save a fifth.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -260,6 +265,18 @@ def check_writable(path):
             path.unlink()
 
 
+def commit():
+    """The short hash of the code's commit, with a + if tracked code differs from it."""
+    def git(*argv):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *argv], capture_output=True,
+                              text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("diff", "HEAD", "--", "*.py"))
+    except (OSError, subprocess.CalledProcessError):  # No git, or a copy without its history.
+        return "unknown"
+
+
 def lock_folder(out):
     """Claim a folder; the lock dies with the process. UserError: another one writes there."""
     file = open(out / ".lock", "w")
@@ -350,17 +367,10 @@ def image_noise(seed, indices, shape, device, use=IMAGE):
     """Noise for `sample`: a generator of its own for each image, seeded by (use, seed, index).
 
     Drawn on the CPU, so that a GPU starts from the same noise. Returns a function without
-    arguments -> (len(indices), *shape) on `device`; given `active` (len(indices),) it draws for
-    those alone, and the others' generators stay where they are.
+    arguments -> (len(indices), *shape) on `device`.
     """
     generators = [torch.Generator().manual_seed(seed_for(use, seed, int(k))) for k in indices]
-
-    def draw(active=None):
-        drawn = [torch.randn(shape, generator=g) if active is None or active[k]
-                 else torch.zeros(shape) for k, g in enumerate(generators)]
-        return torch.stack(drawn).to(device)
-
-    return draw
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 # ---------- Reading images: a folder, a zip or an npz
@@ -500,10 +510,13 @@ def timesteps(T, steps):
     return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
 
 
-def step_pairs(T, steps, spacing):
+def step_pairs(diffusion, steps, spacing="respaced", stop=0.0):
     """(t, prev) of each sampling step, the last prev -1 for the clean image; see `sample`."""
-    chosen = timesteps(T, steps)
-    return list(zip(chosen, [t - 1 for t in chosen] if spacing == "naive" else [*chosen[1:], -1]))
+    chosen = timesteps(diffusion.T, steps)
+    pairs = list(zip(chosen, [t - 1 for t in chosen] if spacing == "naive" else [*chosen[1:], -1]))
+    a = diffusion.alpha_bar[chosen]
+    noisy = int(((1 - a) / a >= stop**2).sum())
+    return pairs if noisy == steps else [*pairs[:noisy], (chosen[noisy], -1)]
 
 
 def denoise_step(net, diffusion, x, t, prev, sampler, noise, clip=True):
@@ -542,17 +555,14 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
         one-step t -> t-1 update at each of them, which leaves noise behind.
     perturb: hook (x, t) -> x on the state before each step, where an attack goes.
     progress: hook (i, steps), called after each step.
-    stop: end with the denoised estimate at the first time whose noise s / sqrt(a) is below this,
-        before the times at which a model of noisy data has learned to draw their noise: of its
+    stop: end with the denoised estimate at the first time whose noise s / sqrt(a) is below this:
+        before the times at which a model of noisy data has learned to draw their noise. Of its
         std n, n^2 / sqrt(n^2 + stop^2) is left.
     """
     x = noise()
-    for i, (t, prev) in enumerate(step_pairs(diffusion.T, steps, spacing)):
+    for i, (t, prev) in enumerate(step_pairs(diffusion, steps, spacing, stop)):
         if perturb is not None:
             x = perturb(x, t)
-        a = diffusion.alpha_bar[t].item()
-        if (1 - a) / a < stop**2:
-            return denoise_step(net, diffusion, x, t, -1, "ddim", noise, clip)
         x = denoise_step(net, diffusion, x, t, prev, sampler, noise, clip)
         if progress is not None:
             progress(i + 1, steps)
@@ -591,15 +601,16 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
     An image begins as x_t = sqrt(a) noisy at the one of `steps` times whose noise s / sqrt(a) is
     nearest to its own, and goes down from there as `sample` does. noise: as of `sample`.
     """
-    path = step_pairs(diffusion.T, steps, "respaced")
+    path = step_pairs(diffusion, steps)
     a = diffusion.alpha_bar[[t for t, _ in path]]
     levels = ((1 - a) / a).sqrt().float().to(noisy.device)
     first = (levels - std[:, None]).abs().argmin(1)
     x = diffusion.sqrt_a[[t for t, _ in path]][first].view(-1, 1, 1, 1) * noisy
-    for i in range(int(first.min()), len(path)):
-        active = first <= i  # An image's noise does not depend on the others of its batch.
-        stepped = denoise_step(net, diffusion, x, *path[i], sampler, lambda: noise(active))
-        x = torch.where(active.view(-1, 1, 1, 1), stepped, x)
+    for i, step in enumerate(path):
+        drawn, active = noise(), first <= i  # All draw: none depends on the others of its batch.
+        if active.any():
+            stepped = denoise_step(net, diffusion, x, *step, sampler, lambda: drawn)
+            x = torch.where(active.view(-1, 1, 1, 1), stepped, x)
     return x
 
 
@@ -706,7 +717,7 @@ def add_sampling_flags(flag):
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this; "
-              "twice the std of the data's noise was best where it was tried")
+              "two to three times the std of the data's noise was best where it was tried")
     flag("--expert", type=a_path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
@@ -720,7 +731,7 @@ def parse_args(argv=None):
     p = Parser(description=__doc__)
     flag = p.add_argument
     flag("run", type=a_path, help="run folder or checkpoint of train.py, or a diffusers folder")
-    flag("--num", type=number(int, 1), default=64, help="how many images")
+    flag("--num", type=number(int, 1), default=64, help="how many images to draw")
     add_sampling_flags(flag)
     flag("--denoise", type=a_path, help="instead clean these images: a folder, zip or npz")
     flag("--noise_std", type=number(float, 0),
@@ -740,23 +751,24 @@ def parse_args(argv=None):
 
 
 def claim_folder(out, picture, names, provenance, overwrite):
-    """Check that the images in `out` were made as `provenance` says, or clear them; write it.
+    """Make the folder `out` ready for images of `provenance`, which it writes there.
 
+    Files that are not this script's are refused; images of the same settings stay, to be
+    completed; those of other settings are refused, or cleared with `overwrite`: UserError.
     Returns the folder's lock, to hold until the process ends.
-    Raises UserError for images of other settings, and for files that are not this script's.
     """
     note = out / "samples.json"
-    old = read_json(note)
+    before = read_json(note)
     there = [path for path in out.rglob("*.png")  # Without samples in a folder of their own.
              if path.parent == out or not (path.parent / "samples.json").exists()]
-    if "sampler" not in old:
-        found = [path for path in out.glob("*") if not path.name.startswith(".")]
-        found += [picture] if picture.exists() else []
-        if found:
-            raise UserError(f"{found[0]} is of no images that sample.py has made there: remove it, "
-                            "or take another --out")
-    changed = [key for key in {**old, **provenance} if key not in ("num", "run", "expert")
-               and old.get(key) != provenance.get(key)] if old else []
+    if "sampler" not in before:
+        foreign = [path for path in out.glob("*") if not path.name.startswith(".")]
+        foreign += [picture] if picture.exists() else []
+        if foreign:
+            raise UserError(f"{foreign[0]} is of no images that sample.py has made there: "
+                            "remove it, or take another --out")
+    changed = [key for key in {**before, **provenance} if key not in ("num", "run", "expert")
+               and before.get(key) != provenance.get(key)] if before else []
     if not {*there} <= {out / name for name in names}:
         changed.append(f"num, {len(there)} images there,")
     if changed and not overwrite:
@@ -810,8 +822,8 @@ def export(run, folder, overwrite):
         raise UserError(f"--export {folder} exists: take another, or --overwrite the model there")
     with user_errors(ValueError, OSError, prefix=f"--export {folder}: "):
         write_diffusers(run.net, run.config, folder)
-    print(f"DDPMPipeline.from_pretrained('{folder}') draws from the {run.origin['weights']} "
-          "weights; its UNet2DModel is in unet")
+    tell(f"DDPMPipeline.from_pretrained('{folder}') draws from the {run.origin['weights']} "
+         "weights; its UNet2DModel is in unet")
 
 
 def main(argv=None):
@@ -823,7 +835,7 @@ def main(argv=None):
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps}: the model was trained with T = {diffusion.T}")
     if args.export:
-        print(f"output {args.export}")
+        tell(f"output {args.export}")
         return export(run, args.export, args.overwrite)
     folder = args.run if args.run.is_dir() else args.run.parent
     if not (folder / "ckpt.pt").exists():
@@ -844,10 +856,10 @@ def main(argv=None):
                        "denoised_sha256": hashlib.sha256(before.tobytes()).hexdigest()[:16],
                        "noise_std": dict(zip(names, std.tolist()))}
     if lead:
-        print(f"output {out}")
-        print(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
-              f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
-              f"{device.type}", flush=True)
+        tell(f"output {out}")
+        tell(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
+             f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
+             f"{device.type}")
         lock = claim_folder(out, picture, names, provenance, args.overwrite)  # noqa: F841
         if args.denoise and args.noise_std is None:
             for name, level in zip(names, std.tolist()):
@@ -859,7 +871,7 @@ def main(argv=None):
     mine = range(rank, len(names), world)
     todo = [k for k in mine if not (out / names[k]).exists()]
     if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
+        tell(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
     start = time.time()
 
     title = "images" if world == 1 else f"images of process 0 of {world}"
@@ -881,8 +893,8 @@ def main(argv=None):
         if args.denoise:  # Pairs, before and after.
             shown = np.stack([before[:32], shown[:32]], axis=1).reshape(-1, *shape)
         save_grid(shown, picture)
-        print(f"{len(names)} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
-              f"the first {min(len(names), 64)} in {picture}, {duration(time.time() - start)}")
+        tell(f"{len(names)} images, samples.npz (arr_0, uint8 NHWC) and samples.json in {out}, "
+             f"the first {min(len(names), 64)} in {picture}, {duration(time.time() - start)}")
 
 
 if __name__ == "__main__":

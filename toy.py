@@ -485,7 +485,7 @@ def attack(net, task, args):
         hook = push and trajectory_attack(partial(denoise, net, DIFFUSION), DIFFUSION, chosen,
                                           lambda: torch.randn(shape, generator=g), *push)
         start = task.seed + (1_000_000 if name == "none, other noise" else 0)
-        x = generate(net, shape, args.sample_steps, start, hook)
+        x = untouched if name == "none" else generate(net, shape, args.sample_steps, start, hook)
         figures = {**truth.figures(x), "moved_wasserstein": sliced_wasserstein(x, untouched)}
         rows.append({"data": task.data, "attack": name, "samples": len(x), **figures})
         if task.corruption == args.shown and name in ("none", "random l2", "pgd l2"):
@@ -518,7 +518,7 @@ def find_omega(objective, moved, cfg, net, x, t):
     return omega / r, lam_t * r**2
 
 
-def linear_optimum(find, V, level, draws=256, rounds=30):
+def linear_optimum(find, V, level, draws=256):
     """The linear network K x that minimises the regularised objective on data N(0, V), at one t.
 
     K = s (I + M) (a V + s^2 I + s^2 M)^-1 with M = E[lam_t omega omega^T], which depends on K
@@ -528,7 +528,7 @@ def linear_optimum(find, V, level, draws=256, rounds=30):
     eye, M = torch.eye(len(V)), torch.zeros_like(V)
     a, s = DIFFUSION.alpha_bar[level].float(), DIFFUSION.s[level]
     x, t = torch.zeros(draws, len(V)), torch.full((draws,), level)
-    for i in range(rounds):
+    for i in range(30):
         K = s * (eye + M) @ torch.linalg.inv(a * V + s**2 * (eye + M))
         u, weight = find(lambda x, t: x @ K.T, x, t)  # it moves by K omega, at every x the same
         M = M + 2 / (i + 2) * ((weight * u).T @ u / draws - M)
@@ -589,7 +589,7 @@ def why(dsm_net, task, args):
             title = f"{network}:\nwhat it lets through (grey:\nbest on clean data);\nbelow: s = .2"
             cells[title, name] = chart, caption_of(row, "signal_gain", "noise_gain")
             if mode != "dsm":
-                layers = [(across, RED, 3), (0.8 * (u @ axes)[1, :400, [0, -1]], BLUE, 2)]
+                layers = [(across, RED, 3), (0.8 * (u @ axes)[1][:400, [0, -1]], BLUE, 2)]
                 title = f"{network}:\nomega at s = .2 (red: the\nnoise's direction)"
                 cells[title, name] = (draw_points(torch.eye(2), layers),
                                       caption_of(row, "omega_on_noise"))
@@ -712,7 +712,7 @@ def parse_args(argv=None):
     if args.noise_p is not None or args.outlier_p is not None:
         args.corruptions = [(args.noise_p or 0.0, args.noise_std or 0.0, args.outlier_p or 0.0)]
     # The corruption whose sampling paths, score fields, attacks and directions are shown
-    args.shown = args.corruptions[:3][-1]
+    args.shown = args.corruptions[:3][-1]  # 90 % with std .2, or the only one.
     return args
 
 

@@ -30,8 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Beside another run, threads that wait by spinning make a step take four times as long; on an idle
-# machine they save a fifth. The policy is read when torch is imported.
+# See sample.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -167,12 +166,15 @@ def find_source(dataset, data_dir=None, split="train"):
     if data_dir:
         return open_source(dataset, Path(data_dir), split)
     root = Path(f"data/{dataset}")
-    with contextlib.suppress(UserError):  # Not there, or half a download.
-        return open_source(dataset, root, split)
     makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
+    try:
+        return open_source(dataset, root, split)
+    except UserError:  # Not there, or half a download.
+        if root.exists() and dataset not in makers:
+            raise
     if dataset not in makers:
         raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
-    print(f"downloading {dataset} to {root}", flush=True)
+    tell(f"downloading {dataset} to {root}")
     # Network, quota, a missing helper package: all end alike.
     with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
                                        "name its folder or zip with --data_dir: "):
@@ -216,7 +218,7 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
     def decode(path):
         n = len(source.items)
         others = f"; {source.others:,} other files are no images" if source.others else ""
-        print(f"decoding {n:,} images of {root}{others}", flush=True)
+        tell(f"decoding {n:,} images of {root}{others}")
         # Written, not memory-mapped: a full disk is an error then, and no signal.
         with (open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool,
               ticker("decoding", n) as tick):
@@ -335,13 +337,13 @@ def choose_images(images, spoil, config):
     index, limit = np.arange(len(images)), config["filter"]
     if not limit:
         return index, None
-    noise = own_noise(images, index, spoil)
-    low = (noise < limit).numpy()
+    estimates = own_noise(images, index, spoil)
+    low = (estimates < limit).numpy()
     if not low.any():
         raise UserError(f"--filter {limit} leaves no image: 10 % of their estimates are below "
-                        f"{noise.quantile(0.1):.3f}")
+                        f"{estimates.quantile(0.1):.3f}")
     # The noise-aware objective takes all, and those for free of noise.
-    return index if config["mode"] == "aware" else index[low], noise
+    return index if config["mode"] == "aware" else index[low], estimates
 
 
 @lru_cache(maxsize=4)
@@ -396,7 +398,7 @@ def make_parser(dataset="shapes"):
     flag("--mode", choices=list(MODES), default="adv", help="objective")
     flag("--data_dir", type=a_path, help="folder, zip or npz of the data; else ./data/<dataset>")
     flag("--cache_dir", type=a_path, help=f"folder of the decoded images; else {CACHE}")
-    flag("--limit", type=natural, default=0, help="train on so many of its images; 0: all")
+    flag("--limit", type=natural, default=0, help="train on so many of the decoded images; 0: all")
     flag("--init_from", type=a_path, help="begin with the EMA weights of another run")
 
     flag = p.add_argument_group("corruption of the data, frozen per image").add_argument
@@ -463,12 +465,14 @@ def make_parser(dataset="shapes"):
 
     flag = p.add_argument_group("reports, each in steps, 0 is off").add_argument
     flag("--log_every", type=natural, default=100, help="a line on the screen and in log.jsonl")
-    flag("--sample_every", type=natural, default=10_000, help="a grid of EMA samples")
-    flag("--save_every", type=natural, default=5000, help="a checkpoint; always one at the end")
-    flag("--keep", type=count, default=1, help="the newest so many stay, as ckpt_<step>.pt")
+    flag("--sample_every", type=natural, default=10_000,
+         help="a grid of EMA samples, not of an expert's")
+    flag("--save_every", type=natural, default=5000,
+         help="a checkpoint; there is one with each grid and at the end as well")
 
     group = p.add_argument_group("run folder")
     flag, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    flag("--keep", type=count, default=1, help="the newest so many stay, as ckpt_<step>.pt")
     flag("--out", type=a_path, help="where it is; else out/<dataset>-<mode>")
     either("--resume", action="store_true", help="go on from its checkpoint, with its settings")
     either("--overwrite", action="store_true", help="replace the run that is there")
@@ -489,16 +493,16 @@ def parse_args(argv=None):
 
     Raises UserError for flags that are wrong, foolish together, or at odds with the checkpoint.
     """
-    # What the defaults depend on is read first.
+    # The first parse finds what the defaults depend on, the second one has these defaults.
     argv = sys.argv[1:] if argv is None else list(argv)
     given = make_parser().parse_args([word for word in argv if word not in ("-h", "--help")])
     out = given.out or Path(f"out/{given.dataset}-{given.mode}")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
-    # A run that was killed before its first checkpoint has left a lock.
+    # A run that was killed before its first checkpoint has left a lock, and starts over.
     anew = given.resume and (out / ".lock").exists() and not [*out.glob("ckpt*.pt")]
     if anew:
-        print(f"{out} has no checkpoint yet: starting anew", flush=True)
+        tell(f"{out} has no checkpoint yet: starting anew")
         given.resume = False
     p, saved = make_parser(given.dataset), None
     start = out if given.resume else given.init_from
@@ -668,11 +672,12 @@ def any_rank(signals, world):
 
 def catch_signals():
     """A list that gets the number of a signal to stop; a second one ends the process at once."""
-    received = []
+    received, alone = [], not dist.is_initialized()
 
     def note(number, _):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if alone:  # torchrun repeats a signal to whoever still saves, and kills after 30 s.
+            signal.signal(number, signal.SIG_DFL)
 
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(name) != signal.SIG_IGN:  # As nohup sets it.
@@ -706,39 +711,6 @@ def main(argv=None):
         raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
                         f"x {cfg.accum} parts")
 
-    # --- data: fetched and decoded by one process a machine while the others wait
-
-    def load():
-        sources = [] if cfg.dataset == "shapes" else [find_source(cfg.dataset, cfg.data_dir)]
-        images = load_images(cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir,
-                             cfg.cache_dir, source=sources[0] if sources else None)
-        images = limit_images(images, cfg.limit, cfg.seed)
-        if cfg.outlier_dir:
-            sources.append(find_source("folder", cfg.outlier_dir))
-        return images, load_corruption(len(images), vars(cfg)), data_identity(*sources)
-
-    try:
-        loaded = load() if local == 0 else None
-    finally:  # The others wait here. What could not be read, they then meet themselves.
-        any_rank([], world)
-    images, spoil, data = loaded or load()
-    before = saved.get("data", data) if args.resume else data
-    if before != data and not args.new_data:
-        raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
-                        f"{data['files']}): --new_data accepts it")
-    chosen, noise = choose_images(images, spoil, vars(cfg))
-    # This process's places in a batch, part after part.
-    places = np.concatenate([np.arange(part, cfg.batch_size, parts)
-                             for part in range(rank, parts, world)])
-    mine = torch.from_numpy(places).to(device)
-
-    def fetch(step):
-        index = chosen[batch_index(step, cfg.batch_size, len(chosen), cfg.seed)[places]]
-        batch = [training_images(images, index, spoil)]
-        if cfg.mode == "aware":  # Below --filter an image counts as clean: texture is no noise.
-            batch.append(torch.where(noise[index] < cfg.filter, 0, noise[index]))
-        return [part.pin_memory() if cuda else part for part in batch]
-
     # --- network: the same initial weights on every rank
 
     torch.manual_seed(seed_for(INIT, cfg.seed))
@@ -769,7 +741,6 @@ def main(argv=None):
         changed = [f"{key} {stored.get(key)} -> {value}" for key, value in vars(cfg).items()
                    if stored.get(key) != value]
         tell("; ".join([f"resuming at step {start:,}", *changed]))
-    del saved
     fields = Perturbation.__dataclass_fields__.keys() & vars(cfg)
     perturbation = Perturbation(**{key: getattr(cfg, key) for key in fields})
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
@@ -777,24 +748,58 @@ def main(argv=None):
     if compiled:
         if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             raise UserError("--compile needs a C++ compiler, and there is none: --no-compile")
-        net.compile(dynamic=False)  # One graph for each batch size: there are up to three.
+        # Up to three graphs: the whole batch or its rest, what is regularised, and that frozen.
+        net.compile(dynamic=False)
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
                                             gradient_as_bucket_view=True)
+
+    # --- data: fetched and decoded by one process a machine while the others wait
+
+    def load():
+        sources = [] if cfg.dataset == "shapes" else [find_source(cfg.dataset, cfg.data_dir)]
+        images = load_images(cfg.dataset, cfg.image_size, cfg.in_channels, cfg.data_dir,
+                             cfg.cache_dir, source=sources[0] if sources else None)
+        images = limit_images(images, cfg.limit, cfg.seed)
+        if cfg.outlier_dir:
+            sources.append(find_source("folder", cfg.outlier_dir))
+        return images, load_corruption(len(images), vars(cfg)), data_identity(*sources)
+
+    try:
+        loaded = load() if local == 0 else None
+    finally:  # The others wait here: any all-reduce does. What could not be read, they then meet.
+        any_rank([], world)
+    images, spoil, data = loaded or load()
+    before = saved.get("data", data) if args.resume else data
+    if before != data and not args.new_data:
+        raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
+                        f"{data['files']}): --new_data accepts it")
+    chosen, estimates = choose_images(images, spoil, vars(cfg))
+    mine = slice(rank, None, world)  # This process's images of a batch; its parts take turns.
+
+    def fetch(step):
+        index = chosen[batch_index(step, cfg.batch_size, len(chosen), cfg.seed)[mine]]
+        batch = [training_images(images, index, spoil)]
+        if cfg.mode == "aware":  # Below --filter an image counts as clean: texture is no noise.
+            batch.append(torch.where(estimates[index] < cfg.filter, 0, estimates[index]))
+        return [part.pin_memory() if cuda else part for part in batch]
+
+    del saved
     tell(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
          f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
          f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
     # Without --filter about 2000 of them say as much.
-    seen = noise if cfg.filter else own_noise(
+    seen = estimates if cfg.filter else own_noise(
         images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
     low, middle, high = seen.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     tell(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)")
     if cfg.filter:
-        tell(f"--filter {cfg.filter} takes {(noise < cfg.filter).sum():,} as clean")
+        tell(f"--filter {cfg.filter} takes {(estimates < cfg.filter).sum():,} as clean")
     tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
          f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
          f"compile {'on' if compiled else 'off'}")
-    tell("look at data.png for what it is trained on, samples_*.png for what it draws; losses fall")
+    tell("look at data.png for what it is trained on, "
+         + "samples_*.png for what it draws, " * (cfg.t_max == 1) + "curves.png; losses fall")
 
     # --- run folder: claimed now, and written to once the first step has succeeded
 
@@ -812,10 +817,9 @@ def main(argv=None):
         save_grid(to_uint8(training_images(images, chosen[some], spoil)), out / "data.png")
 
     def draw():
-        size = max(1, 64 * 64**2 // cfg.image_size**2)  # Large images need their memory.
         drawn = draw_images(ema, diffusion, images.shape[1:], range(64), cfg.seed,
-                            steps=min(50, cfg.T), batch_size=min(64, size), device=device,
-                            title="samples")
+                            steps=min(50, cfg.T), device=device, title="samples",
+                            batch_size=max(1, 64 * 64**2 // cfg.image_size**2))  # For memory.
         save_grid(np.concatenate([part for _, part in drawn]), out / f"samples_{step:07d}.png")
 
     # --- loop
@@ -824,10 +828,10 @@ def main(argv=None):
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(fetch, start)
     step = kept = start
-    recent, waited, stop = [], 0.0, False
+    recent, waited, stopped_by = [], 0.0, False
     began = mark = time.perf_counter()
 
-    while step < cfg.steps and not stop:
+    while step < cfg.steps and not stopped_by:
         tic = time.perf_counter()
         x0, *known = [part.to(device, non_blocking=True) for part in ahead.result()]
         waited += time.perf_counter() - tic
@@ -850,19 +854,20 @@ def main(argv=None):
         # The decay ramps up, so that a short run's average is not one of its first weights. One
         # that begins with another run's weights must not forget them.
         decay = cfg.ema if cfg.init_from else min(cfg.ema, (1 + step) / (10 + step))
-        batch = list(zip(*(x.chunk(cfg.accum) for x in (x0, t, eps, *known))))
+        batch = [[x[i::cfg.accum] for x in (x0, t, eps, *known)] for i in range(cfg.accum)]
         figures = update(objective, batch, weights, averages, optimizer, scaler, autocast,
                          cfg.grad_clip, decay)
         recent.append(torch.stack(list(figures.values())))
         step += 1
 
         # The figures stay on the device until something is due.
-        stop = any_rank(signals, world)
+        stopped_by = any_rank(signals, world)
         first, last = step == start + 1, step == cfg.steps
         logs, saves, draws = (every and step % every == 0 for every in (
             cfg.log_every, cfg.save_every, cfg.sample_every))
-        draws = draws or last and cfg.sample_every
-        saves = saves or draws or step == 1 or last or stop
+        # An expert alone draws nothing to look at.
+        draws = (draws or last and cfg.sample_every) and cfg.t_max == 1
+        saves = saves or draws or step == 1 or last or stopped_by
         if not (first or logs or saves or len(recent) % 100 == 0):
             continue
 
@@ -909,17 +914,17 @@ def main(argv=None):
     loader.shutdown()
     if world > 1:
         dist.destroy_process_group()
-    if stop:
-        name = signal.Signals(stop).name
+    if stopped_by:
+        name = signal.Signals(stopped_by).name
         tell(f"stopped by {name} at step {step:,}; saved, --resume continues")
-        return 128 + stop
+        return 128 + stopped_by
     tell(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}")
-    if str(out) in ("out/shapes-dsm", "out/shapes-adv"):
+    if cfg.t_max < 1:
+        tell(f"next: python sample.py {cfg.init_from} --expert {out}")
+    elif str(out) in ("out/shapes-dsm", "out/shapes-adv"):
         other = "adv" if cfg.mode == "dsm" else "dsm"
         tell(f"next: python train.py --mode {other}, and then python evaluate.py "
              "quality out/shapes-dsm out/shapes-adv --num 1000 --features pixels")
-    elif cfg.t_max < 1:
-        tell(f"next: python sample.py {cfg.init_from} --expert {out}")
     else:
         tell(f"next: python sample.py {out}")
 

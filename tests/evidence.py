@@ -30,7 +30,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Lock
 
-# As in train.py: the classifier may be trained beside other runs.
+# See sample.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -152,7 +152,7 @@ STUDIES = {
                [0], 2000),
     "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
-    "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 1000),
+    "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 2000),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
     "headline": ("quality", ["noise.2"], ["dsm", "random", "adv", "adv_low", "adv_share",
                                           "adv_late", "adv_late_share"], [0, 1], 5000),
@@ -289,18 +289,6 @@ def as_flags(settings):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def commit():
-    """The short hash of the code's commit, with a + if tracked code differs from it."""
-    def git(*argv):
-        return subprocess.run(["git", "-C", ROOT, *argv], capture_output=True, text=True,
-                              check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("diff", "HEAD", "--", "*.py"))
-    except (OSError, subprocess.CalledProcessError):  # No git, or a copy without its history.
-        return "unknown"
-
-
 def train(column, row, steps, seed, folder, args):
     """Train a run to `steps`, as far as that is not done, and first what it starts from."""
     flags = {"dataset": FASHION, **COLUMNS[column][1], **ROWS[row][1], "seed": seed}
@@ -350,7 +338,7 @@ def run_one(column, row, seed, args):
     path = result_path(column, row, seed, args)
     if path.exists():
         return
-    folder, made_at = path.parent, commit()
+    folder = path.parent
     print(f"{column} {row} {seed}: begun", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     train(column, run_of(row), args.steps, seed, folder, args)
@@ -362,12 +350,10 @@ def run_one(column, row, seed, args):
         flags["stop"] = ROWS[row][1]["stop"]
     if args.command == "denoise" and dataset == "cifar10" and args.cifar10_test:
         flags["data_dir"] = args.cifar10_test
-    if args.command == "memorization":
-        flags["holdout"] = dataset
-    elif args.command != "denoise":
-        flags["features"] = args.classifiers[dataset]
     if args.command != "denoise":
         flags["png"] = path.with_suffix(".png")
+        flags |= ({"holdout": dataset} if args.command == "memorization" else
+                  {"features": args.classifiers[dataset]})
     run = folder
     if plain := ROWS[run_of(row)][1].get("expert_of"):
         run, flags["expert"] = folder.with_name(f"{plain}-{seed}"), folder
@@ -380,14 +366,13 @@ def run_one(column, row, seed, args):
              log=f"{folder}.log")
     call("evaluate.py", args.command, drawn or run, *extra.split(), *as_flags(flags),
          log=f"{folder}.log")
-    data = json.loads(path.read_text())
-    data["provenance"]["commit"] = made_at
     if drawn:
+        data = json.loads(path.read_text())
         images = np.load(drawn / "samples.npz")["arr_0"].transpose(0, 3, 1, 2)
         clean = load_images(dataset, 16, 1, **source(dataset, args))
         data["strangers"], data["strangers_reference"] = (
             stranger_share(some, args) for some in (images, clean))
-    write_json(path, data)
+        write_json(path, data)
     print(f"{column} {row} {seed}: done", flush=True)
 
 
@@ -426,11 +411,12 @@ def run_all(args):
 ABOUT = ("commit", "num", "sampler", "steps", "spacing", "stop", "expert_sha256", "seed", "weights",
          "weights_sha256", "features", "reference", "reference_num", "kid_subset", "norm", "budget",
          "attack_steps", "share", "eot")
+OF_CLEAN = ("commit", "features", "reference", "reference_num")  # What clean images depend on.
 INTRO = """# Every figure that was measured
 
 Rendered from results.json by `python tests/evidence.py --render`: edit that file, not this one.
-"made at" is the commit of the code. A row without one, or a table without that column, was typed
-back from the README of commit cfc9b3f: its JSON is lost, and it goes when it is run again.
+"made at" is the commit of the code that measured. A row of figures without one was typed back from
+the README of commit cfc9b3f: its JSON is lost, and it goes when it is run again.
 """
 
 
@@ -448,7 +434,8 @@ def collect(args):
                  if f"{key}_reference" in found[0]}
         if clean and column not in seen:
             seen.add(column)
-            rows.append({"trained on": column, "row": "clean images", **clean, "provenance": about})
+            rows.append({"trained on": column, "row": "clean images", **clean, "provenance": {
+                key: about[key] for key in OF_CLEAN if key in about}})
         for one in found:
             figures = {name: one[key] for key, name in names.items() if key in one}
             rows.append({"trained on": column, "row": row, "training steps": args.steps,
@@ -476,6 +463,9 @@ def record(args):
     new = [identity(row) for row in rows]
     old = [row for row in known["rows"] if identity(row) not in new]
     known["rows"] = sorted(old + rows, key=order)
+    for name in itertools.chain(*rows):
+        if name not in (*known["columns"], "provenance"):
+            known["columns"].append(name)
     write_atomically(RESULTS, lambda path: path.write_text(dump(records)))
     render()
 
@@ -503,7 +493,9 @@ def rendered(records):
     for title, known in (("trained on", COLUMNS), ("row", ROWS)):
         lines = []
         for name, (label, flags) in known.items():
-            flags = " ".join(f"--{flag} {value}" for flag, value in flags.items())
+            # What names another row, or the column's value in FILTER, is no flag.
+            flags = " ".join(f"{flag}={value}" if value in (*ROWS, "own") and flag != "mode" else
+                             f"--{flag} {value}" for flag, value in flags.items())
             lines.append([label, f"`{name}`", f"`{flags}`" if flags else ""])
         parts.append(markdown([title, "its name in evidence.py", "settings there"], lines))
     for one in records:
@@ -630,7 +622,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list:
         for study, (command, columns, rows, seeds, steps) in STUDIES.items():
-            total = sum(units(row) for row in rows) * len(columns) * len(seeds) * steps
+            total = sum(units(run) for run in {*map(run_of, rows)})
+            total *= len(columns) * len(seeds) * steps
             print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; seeds {seeds}; {steps} steps "
                   f"of 64; `{command}`; {total:,.0f} forward-units if nothing is there yet")
         return

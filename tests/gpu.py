@@ -159,7 +159,7 @@ def run_items(args, items):
     about = {"card": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
              "torch": torch.__version__, "python": platform.python_version(), "all": args.all,
              "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
-             "commit": evidence.commit()}
+             "commit": sample.commit()}
     records = []
     signal.signal(signal.SIGALRM, out_of_time)
     for name in args.only or items:
@@ -277,8 +277,8 @@ def check_masks(args):
     """
     found = {}
 
-    def no_omega(view, omega, x_t, s, t, r, clean, cfg, again):
-        again()
+    def no_omega(view, omega, x_t, s, t, r, clean, cfg, rewind):
+        rewind()
         inner = view(x_t.detach().requires_grad_(), t)  # As the ascent calls it.
         found[how] = {"inner": (inner - clean).abs().max().item()}
         return torch.zeros_like(omega)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -488,7 +489,7 @@ STRETCH = Run(stretch, Diffusion(), {}, PAIR, {})
 
 def attack_settings(**changed):
     settings = dict(seed=0, steps=10, spacing="respaced", sampler="ddpm", share=0.5, norm="l2",
-                    budget=0.2, eot=1, device=CPU)
+                    budget=0.2, eot=1, stop=0.0, device=CPU)
     return SimpleNamespace(**settings | changed)
 
 
@@ -580,9 +581,11 @@ def test_denoise_of_a_linear_denoiser_by_hand(run, measure, monkeypatch):
         t = (((1 - a) / a).sqrt() - std).abs().argmin().item()
         noisy = clean + std * image_noise(0, range(12), shape, CPU, ATTACK)()
         x, noise = a[t].sqrt().float() * noisy, image_noise(0, range(12), shape, CPU)
-        for now in range(t, -1, -1):
-            x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
-        ends = {"input": noisy, "one-shot": (noisy / 2).clamp(-1, 1), "ancestral": x.clamp(-1, 1)}
+        for now in range(999, -1, -1):
+            drawn = noise()
+            if now <= t:
+                x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", lambda: drawn)
+        ends = {"input": noisy.clamp(-1, 1), "one-shot": (noisy / 2).clamp(-1, 1), "ancestral": x.clamp(-1, 1)}
         for name, end in ends.items():
             psnr = 10 * torch.log10(4 / (end - clean).square().mean((1, 2, 3)))
             assert row[f"{name} psnr"] == pytest.approx(psnr.mean().item(), rel=1e-4)
@@ -599,10 +602,14 @@ def test_alarm_sounds_for_a_network_that_deceives_one_step(norm):
     x0, diffusion = gaussian(64, 16, 0), Diffusion()
     cfg = Perturbation(beta_min=0.5, beta_max=1.0, ascent_norm=norm)
     found = evaluate.overfit(lambda x, t: torch.sin(6 * x), diffusion, x0, cfg)
-    assert list(found) == [20, 100, 250, 500, 800] and found[500][0] > 1.2 * found[500][1]
+    assert list(found) == [0.02, 0.1, 0.25, 0.5, 0.8] and found[0.5][0] > 1.2 * found[0.5][1]
     assert found == evaluate.overfit(lambda x, t: torch.sin(6 * x), diffusion, x0, cfg)
-    found = evaluate.overfit(lambda x, t: 2 * x, diffusion, x0, cfg)
-    assert found[500][0] == pytest.approx(found[500][1], rel=1e-3)
+    # Of t what is regularised.
+    seen = []
+    found = evaluate.overfit(lambda x, t: seen.append(t[0].item()) or 2 * x, diffusion, x0,
+                             replace(cfg, reg_t=0.2, t_max=0.4))
+    assert found[0.5][0] == pytest.approx(found[0.5][1], rel=1e-3)
+    assert sorted({*seen}) == [4, 20, 50, 100, 160]
 
 
 def test_overfit_prints_a_row_a_checkpoint(pictures, in_process, measure, tmp_path):
@@ -622,7 +629,7 @@ def test_overfit_prints_a_row_a_checkpoint(pictures, in_process, measure, tmp_pa
     model, x0 = load_run(tmp_path, raw=True), training_images(images, chosen, spoil)
     truth = evaluate.overfit(model.net, model.diffusion, x0, Perturbation())
     assert last["J_train"] == pytest.approx([own for _, own in truth.values()])
-    ratios = [last[f"t = {t}"] for t in (20, 100, 250, 500, 800)]
+    ratios = [last[f"at {share}% of t"] for share in (2, 10, 25, 50, 80)]
     assert last["ratio"] == max(ratios) and last["J_train"] != first["J_train"]
     assert ratios == pytest.approx(np.divide(last["J_pgd10"], last["J_train"]).tolist())
 

@@ -58,7 +58,8 @@ def calls(monkeypatch, tmp_path):
         else:
             flags = evaluate.parse_args(argv)
             figures = {key: len(made) + 0.5 for key in evidence.COMMANDS[flags.command][2]}
-            about = {"num": flags.num, "seed": flags.seed, "features": "classifier.pt (12)"}
+            about = {"num": flags.num, "seed": flags.seed, "features": "classifier.pt (12)",
+                     "commit": "abc"}
             flags.json.write_text(json.dumps({
                 **figures, "pixel_std_reference": 0.67, "provenance": about}))
             save_grid(np.zeros((16, 1, 16, 16), np.uint8), flags.png, 16)
@@ -153,9 +154,10 @@ def test_record_replaces_what_was_typed_back(calls, fashion, tmp_path, capsys):
     assert (dsm["FD"], dsm["forward-units"], adv["forward-units"]) == (1.5, 3, 8)
     assert dsm["provenance"].keys() == {"num", "seed", "features", "commit"} and kept == other
     text = evidence.RESULTS.with_suffix(".md").read_text()
-    assert "## H\n\nT. `c`\n\n| row | seed | noise left | FD | made at |" in text
-    assert f"| dsm (plain) | 0 | 1.5 | 1.5 | {dsm['provenance']['commit']} |" in text
-    assert "| dsm (plain) | 1 |  | 7.25 |  |" in text
+    # Whatever the rows have and the record had not comes behind its columns.
+    assert "## H\n\nT. `c`\n\n| row | seed | noise left | FD | trained on | pixel std |" in text
+    assert "| dsm (plain) | 0 | 1.5 | 1.5 | 90 % noisy, std .2 | 1.5 |" in text and "| abc |" in text
+    assert "| dsm (plain) | 1 |  | 7.25 | 90 % noisy, std .2 |  |" in text
     assert "| adv (the paper's) | 2000 | 0 | 8 | 3.5 |" in capsys.readouterr().out
     with pytest.raises(UserError, match="no record copies"):
         drive(fashion, tmp_path, "copies", "--tables", "--record")

@@ -182,7 +182,8 @@ def test_random_start_is_needed(norm):
     r, start = torch.full_like(s, 0.5), losses.random_omega(torch.full_like(s, 0.5), x)
     assert (losses.ascend(frozen(net), 0 * x, x, s, t, r, net(x, t), cfg) == 0).all()
     nn.init.zeros_(net.conv_out.weight)
-    assert torch.equal(losses.ascend(frozen(net), start, x, s, t, r, net(x, t), cfg), start)
+    for view in (frozen(net), lambda x, t: 1e25 * x):  # Or where it overflows.
+        assert torch.equal(losses.ascend(view, start, x, s, t, r, view(x, t), cfg), start)
 
 
 def leaves(node, seen):
@@ -264,8 +265,8 @@ def test_compiled_branches_drop_the_same_units(backend, monkeypatch):
     x0, eps = torch.randn(2, 8, 2)
     seen = []
 
-    def look(view, omega, x_t, s, t, r, clean, cfg, again):
-        again()
+    def look(view, omega, x_t, s, t, r, clean, cfg, rewind):
+        rewind()
         seen.append((view(x_t, t) - clean).abs().max().item())
         return 0 * omega
 
@@ -330,6 +331,14 @@ def test_the_lowest_t_are_regularised_however_the_batch_is_split(t_max, monkeypa
     for parts in (1, 2, 4):
         found = [regulariser(0.3, slice(part, None, parts)) for part in range(parts)]
         assert 2 <= len(low) * t_max <= 3 and sum(found) / parts == pytest.approx(truth, rel=1e-4)
+
+
+@pytest.mark.parametrize("T, U, most", [(1000, 0.1, 13), (50, 0.05, 8), (7, 0.5, 74)])
+def test_all_of_the_lowest_t_are_taken_whatever_T(T, U, most, monkeypatch):
+    taken, x, t = [], torch.zeros(128, 1), stratified_t(128, T)
+    monkeypatch.setattr(losses, "random_omega", lambda r, like: taken.append(len(like)) or 0 * like)
+    MODES["random"].loss(Scalar(1), Diffusion(T), x, t, x, Perturbation(reg_t=U))
+    assert taken == [most] and (t[most:] >= U * T).all()
 
 
 @pytest.mark.parametrize("mode", ["random", "adv", "invariant"])

@@ -33,7 +33,7 @@ def exact_moments(sampler, steps, spacing="respaced"):
     """Mean and variance of the sampler's output, step by step: with `ideal` each is affine."""
     alpha_bar = Diffusion().alpha_bar.numpy()
     mean, var = 0.0, 1.0
-    for t, prev in step_pairs(1000, steps, spacing):
+    for t, prev in step_pairs(Diffusion(), steps, spacing):
         a, a_prev = alpha_bar[t], alpha_bar[prev] if prev >= 0 else 1.0
         k = np.sqrt(a) * VAR / (a * VAR + 1 - a)
         b = MEAN * (1 - k * np.sqrt(a))
@@ -96,7 +96,7 @@ def test_timesteps_and_hook():
         chosen = timesteps(1000, steps)
         assert chosen[0] == 999 and chosen[-1] == 0 and (np.diff(chosen) < 0).all()
     assert timesteps(1000, 1) == [999] and timesteps(1, 1) == [0]
-    assert step_pairs(1000, 1000, "naive") == step_pairs(1000, 1000, "respaced")
+    assert step_pairs(Diffusion(), 1000, "naive") == step_pairs(Diffusion(), 1000, "respaced")
     with pytest.raises(ValueError, match="1001 sampling steps"):
         timesteps(1000, 1001)
     d, seen = Diffusion(), []

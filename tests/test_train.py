@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_resume_is_exact(mode, amp, tmp_path, in_process, capsys):
     assert ("scale" in end["scaler"]) == (amp == "fp16")
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_and_resume_is_exact(tmp_path):
+def test_a_signal_to_one_of_two_processes_stops_both_and_resume_is_exact(tmp_path, at_step):
     """As torchrun starts them."""
     flags, log = [*SMALL, *SPOILED, "--mode", "adv", "--accum", 2], tmp_path / "log"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -111,6 +112,10 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_resume_is_exact(tmp_pat
         forks = fork(log, "train", *more, "--steps", step + 2, "--out", out, ranks=2)
         assert finish(forks) == [0, 0]
     assert_same_state(whole, parts)
+    # torchrun repeats the signal to those that still save.
+    at_step(1, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
+    forks = fork(log, "train", "--resume", "--steps", step + 9, "--out", parts, ranks=2)
+    assert finish(forks) == 2 * [128 + signal.SIGTERM] and checkpoint(parts)["step"] == step + 3
 
     # One of them reads the data; what is wrong with them is the error of both.
     (tmp_path / "1.png").write_bytes(picture("red")[:60])
@@ -651,7 +656,7 @@ def places(tmp_path_factory):
     ("--dataset lsun_bedroom --data_dir DIR/lsun", "lmdb"),  # also where lmdb is not installed
     ("--data_dir DIR/fine", "which --dataset"),
     ("--limit 10001", "--limit 10001: the data set has 10000 images"),
-    ("--image_size 18 --mult 1,2,2", "not a multiple of 4"),
+    ("--dataset folder --data_dir DIR/fine --image_size 18 --mult 1,2,2", "not a multiple of 4"),
     ("--mult 1,x", "'x' is not a whole number"),
     ("--noise_p 90", "'90' is not a number of at least 0 and at most 1"),
     ("--noise_p nan", "'nan' is not a number"),
@@ -688,6 +693,12 @@ def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
     with pytest.raises(UserError, match="could not be downloaded.*--data_dir: .*failed"):
         load_images("cifar10", 32, 3)
+    # What cannot be downloaded and is there, but damaged, is named.
+    path = Path("data/lsun_bedroom/bedroom_train_lmdb/data.mdb")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"no lmdb")
+    with pytest.raises(UserError, match="data.mdb is not readable"):
+        load_images("lsun_bedroom", 32, 3)
 
 
 def test_defaults_are_those_of_the_data_set_and_of_the_paper(capsys):
