@@ -792,7 +792,8 @@ def main(argv=None):
     seen = estimates if cfg.filter else own_noise(
         images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
     low, middle, high = seen.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    tell(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %)")
+    tell(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %), "
+         f"{(seen < middle / 2).float().mean():.1%} below half the median")
     if cfg.filter:
         tell(f"--filter {cfg.filter} takes {(estimates < cfg.filter).sum():,} as clean")
     tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "

@@ -305,6 +305,7 @@ def measure(in_process, tmp_path_factory):
     def run_command(*argv):
         in_process("evaluate", *argv, "--cache_dir", out / "cache", "--json", out / "a.json")
         found = json.loads((out / "a.json").read_text())
+        assert found["provenance"]["commit"]
         if argv[0] in evidence.COMMANDS:  # What it prints, but for what it counts itself.
             for row in found.get("rows", [found]):
                 assert evidence.COMMANDS[argv[0]][2].keys() - {"strangers"} <= row.keys()

@@ -215,6 +215,8 @@ def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith(f"output {tmp_path}\n") and "9,000 with noise of std 0.2" in shown
     assert "s/step" in shown and "ETA" in shown and "data" in shown
+    share = float(shown.split("% below half the median")[0].split()[-1])
+    assert 9 < share < 11  # The clean tenth.
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {".lock", "ckpt.pt", "config.json", "data.png", "log.jsonl"}
     assert sorted(name for name in names if "_" in name) == [
