@@ -266,15 +266,15 @@ def check_writable(path):
 
 
 def commit():
-    """The short hash of the code's commit, with a + if tracked code differs from it."""
+    """The short hash of the code's commit, a + behind it if tracked code differs; else ""."""
     def git(*argv):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *argv], capture_output=True,
-                              text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", Path(__file__).parent, *argv], capture_output=True)
 
     try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("diff", "HEAD", "--", "*.py"))
-    except (OSError, subprocess.CalledProcessError):  # No git, or a copy without its history.
-        return "unknown"
+        found = git("rev-parse", "--short", "HEAD").stdout.decode().strip()
+        return found and found + "+" * git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+    except OSError:  # No git.
+        return ""
 
 
 def lock_folder(out):
@@ -607,7 +607,8 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
     first = (levels - std[:, None]).abs().argmin(1)
     x = diffusion.sqrt_a[[t for t, _ in path]][first].view(-1, 1, 1, 1) * noisy
     for i, step in enumerate(path):
-        drawn, active = noise(), first <= i  # All draw: none depends on the others of its batch.
+        # All draw, so that none depends on the others of its batch.
+        drawn, active = noise() if sampler == "ddpm" else None, first <= i
         if active.any():
             stepped = denoise_step(net, diffusion, x, *step, sampler, lambda: drawn)
             x = torch.where(active.view(-1, 1, 1, 1), stepped, x)
@@ -759,8 +760,13 @@ def claim_folder(out, picture, names, provenance, overwrite):
     """
     note = out / "samples.json"
     before = read_json(note)
-    there = [path for path in out.rglob("*.png")  # Without samples in a folder of their own.
-             if path.parent == out or not (path.parent / "samples.json").exists()]
+    there = [out / name for name in names if (out / name).exists()]
+    there += [path for path in out.glob("[0-9]" * 6 + "*.png")
+              if path.stem.isdigit() and path.name not in names]
+    # What was cleaned before, as far as the note may be believed.
+    there += [out / name for name in before.get("noise_std") or {} if name not in names
+              and (out / name).exists()
+              and Path(os.path.realpath(out / name)).is_relative_to(os.path.realpath(out))]
     if "sampler" not in before:
         foreign = [path for path in out.glob("*") if not path.name.startswith(".")]
         foreign += [picture] if picture.exists() else []
@@ -769,7 +775,7 @@ def claim_folder(out, picture, names, provenance, overwrite):
                             "remove it, or take another --out")
     changed = [key for key in {**before, **provenance} if key not in ("num", "run", "expert")
                and before.get(key) != provenance.get(key)] if before else []
-    if not {*there} <= {out / name for name in names}:
+    if len(there) > len(names):
         changed.append(f"num, {len(there)} images there,")
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "

@@ -671,8 +671,9 @@ def any_rank(signals, world):
 
 
 def catch_signals():
-    """A list that gets the number of a signal to stop; a second one ends the process at once."""
-    received, alone = [], not dist.is_initialized()
+    """A list that gets the number of a signal to stop; a second one ends a lone process at once."""
+    received = []
+    alone = not (dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ)
 
     def note(number, _):
         received.append(number)
@@ -914,6 +915,7 @@ def main(argv=None):
 
     loader.shutdown()
     if world > 1:
+        any_rank([], world)  # Who leaves before the checkpoint is written makes torchrun end all.
         dist.destroy_process_group()
     if stopped_by:
         name = signal.Signals(stopped_by).name

@@ -623,7 +623,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list:
         for study, (command, columns, rows, seeds, steps) in STUDIES.items():
-            total = sum(units(run) for run in {*map(run_of, rows)})
+            runs = {*map(run_of, rows)}
+            shared = [ROWS[run][1]["expert_of"] for run in runs if "expert_of" in ROWS[run][1]]
+            total = sum(map(units, runs)) - sum(map(units, shared))
             total *= len(columns) * len(seeds) * steps
             print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; seeds {seeds}; {steps} steps "
                   f"of 64; `{command}`; {total:,.0f} forward-units if nothing is there yet")

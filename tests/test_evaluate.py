@@ -305,7 +305,7 @@ def measure(in_process, tmp_path_factory):
     def run_command(*argv):
         in_process("evaluate", *argv, "--cache_dir", out / "cache", "--json", out / "a.json")
         found = json.loads((out / "a.json").read_text())
-        assert found["provenance"]["commit"]
+        assert "commit" in found["provenance"]
         if argv[0] in evidence.COMMANDS:  # What it prints, but for what it counts itself.
             for row in found.get("rows", [found]):
                 assert evidence.COMMANDS[argv[0]][2].keys() - {"strangers"} <= row.keys()
@@ -586,8 +586,9 @@ def test_denoise_of_a_linear_denoiser_by_hand(run, measure, monkeypatch):
             drawn = noise()
             if now <= t:
                 x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", lambda: drawn)
-        ends = {"input": noisy.clamp(-1, 1), "one-shot": (noisy / 2).clamp(-1, 1), "ancestral": x.clamp(-1, 1)}
+        ends = {"input": noisy, "one-shot": noisy / 2, "ancestral": x}
         for name, end in ends.items():
+            end = end.clamp(-1, 1)
             psnr = 10 * torch.log10(4 / (end - clean).square().mean((1, 2, 3)))
             assert row[f"{name} psnr"] == pytest.approx(psnr.mean().item(), rel=1e-4)
             level = np.median(evaluate.haar(end)) / 2 / 0.6745

@@ -236,20 +236,18 @@ def test_files_of_others_are_not_replaced(theirs, run, tmp_path, mistake):
 
 
 def test_nothing_is_written_or_removed_outside_of_the_folder(run, tmp_path, in_process, mistake):
-    draw = ["sample", run, "--num", 2, "--steps", 2, "--out"]
-    photos, slipped = tmp_path / "photos", tmp_path / "slip.png"
-    photos.mkdir()
-    Image.new("RGB", (16, 16)).save(photos / "mine.png")
+    draw = ["sample", run, "--num", 2, "--steps", 2, "--out", tmp_path / "s"]
+    victim, slipped, note = (tmp_path / name for name in ("victim.png", "slip.png",
+                                                          "s/samples.json"))
+    Image.new("RGB", (16, 16)).save(victim)
     with zipfile.ZipFile(tmp_path / "slip.zip", "w") as archive:
-        archive.writestr(zipfile.ZipInfo(str(slipped)), (photos / "mine.png").read_bytes())
-    assert "is no name of a file in it" in mistake(*draw, tmp_path / "s", "--denoise",
-                                                   tmp_path / "slip.zip")
-    in_process(*draw, tmp_path / "s")
-    in_process(*draw, tmp_path / "s/other")
-    (tmp_path / "s/link").symlink_to(photos)
-    in_process(*draw, tmp_path / "s", "--seed", 1, "--overwrite")
-    assert (photos / "mine.png").exists() and not slipped.exists()
-    assert (tmp_path / "s/other/000001.png").exists()
+        archive.writestr(zipfile.ZipInfo(str(slipped)), victim.read_bytes())
+    assert "is no name of a file in it" in mistake(*draw, "--denoise", tmp_path / "slip.zip")
+    in_process(*draw)
+    forged = {"noise_std": {"../victim.png": 0.1}, "seed": 7}
+    note.write_text(json.dumps(read_json(note) | forged))
+    in_process(*draw, "--overwrite")
+    assert victim.exists() and not slipped.exists()
 
 
 def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mistake, capsys):
