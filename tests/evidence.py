@@ -92,7 +92,7 @@ ROWS = {
     "adv_l2_share": ("adv, l2, random 30 %", {**SHARE, "ascent_norm": "l2"}),
     "adv_epsilon_share": ("adv, reading epsilon, random 30 %", {**SHARE, "reading": "epsilon"}),
     "invariant_share": ("invariant, random 30 %", {"mode": "invariant", "reg_share": 0.3}),
-    "filter": ("dsm on low noise estimates", {"mode": "dsm", "filter": "own"}),
+    "filter": ("dsm filtered by noise estimates", {"mode": "dsm", "filter": "own"}),
     "aware": ("noise-aware, by estimates", {"mode": "aware", "filter": "own"}),
     # Where no image is clean, nothing teaches it the times of less noise than the images have.
     "aware_stop": ("noise-aware, stopped at .2", {"of": "aware", "stop": 0.2}),
@@ -101,7 +101,7 @@ ROWS = {
     "dsm_stop.4": ("dsm, stopped at noise .4", {"of": "dsm", "stop": 0.4}),
     "dsm_stop.6": ("dsm, stopped at noise .6", {"of": "dsm", "stop": 0.6}),
     "adv_low_stop.4": ("adv, lowest tenth, stopped at .4", {"of": "adv_low", "stop": 0.4}),
-    "expert_stop": ("with expert, stopped at .2", {"of": "expert", "stop": 0.2}),
+    "expert_stop": ("dsm, adv expert, stopped at .2", {"of": "expert", "stop": 0.2}),
     "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
     "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
