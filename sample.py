@@ -345,7 +345,7 @@ def draw_chart(curves, x_label, y_label, high=None, size=160):
     high = every.max(0) if high is None else high
     layers = [([[(-0.9, 0.75), (-0.9, -0.78), (0.9, -0.78)]], GREY, 2)]
     texts = [((-0.9, 0.8), f"{y_label}, {low[1]:.2g} to {high[1]:.2g}", BLACK, "ls"),
-             ((0.9, -0.82), f"{x_label}, {low[0]:g} to {high[0]:.2g}", BLACK, "rt")]
+             ((0.9, -0.82), f"{x_label}, {low[0]:.3g} to {high[0]:.2g}", BLACK, "rt")]
     for i, (name, xy), colour in zip(count(), curves.items(), cycle(COLOURS)):
         xy = (xy - low) / np.maximum(np.subtract(high, low), 1e-12) * (1.8, 1.5) - (0.9, 0.78)
         layers += [(xy[None], colour, 4), (xy, colour, 4)]
