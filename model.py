@@ -6,6 +6,7 @@ Whatever does not fit raises ValueError; the scripts turn it into a line for the
 import json
 import math
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ NEAR_ZERO = 1e-5
 
 
 def conv3x3(c_in, c_out, gain=1.0, stride=1):
-    """3x3 convolution; the strided one expects its input padded, see `Downsample`."""
+    """3x3 convolution; the strided one expects its input padded, see `downsample`."""
     return xavier_init(nn.Conv2d(c_in, c_out, 3, stride, padding=1 if stride == 1 else 0), gain)
 
 
@@ -81,26 +82,16 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
+def downsample(channels):
     """Halve the resolution: stride-2 convolution, padded right and bottom only."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv3x3(channels, channels, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                     conv=conv3x3(channels, channels, stride=2)))
 
 
-class Upsample(nn.Module):
+def upsample(channels):
     """Double the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv3x3(channels, channels)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return nn.Sequential(OrderedDict(grow=nn.Upsample(scale_factor=2.0, mode="nearest"),
+                                     conv=conv3x3(channels, channels)))
 
 
 class UNet(nn.Module):
@@ -155,7 +146,7 @@ class UNet(nn.Module):
                 width = channels * mult[level]
                 skips.append(width)
             if level < len(mult) - 1:
-                self.down.append(nn.ModuleList([Downsample(width)]))
+                self.down.append(nn.ModuleList([downsample(width)]))
                 skips.append(width)
 
         self.mid1 = block(width, width)
@@ -168,7 +159,7 @@ class UNet(nn.Module):
                 self.up.append(block(width + skips.pop(), channels * mult[level], size))
                 width = channels * mult[level]
             if level > 0:
-                self.up[-1].append(Upsample(width))
+                self.up[-1].append(upsample(width))
 
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = conv3x3(width, in_channels, NEAR_ZERO)
@@ -295,7 +286,7 @@ def diffusers_keys(net, blocks):
         for i, group in enumerate(getattr(net, side)):
             level, j = divmod(i, blocks + 1)
             place = {ResBlock: f"resnets.{j}", Attention: f"attentions.{j}",
-                     Downsample: "downsamplers.0", Upsample: "upsamplers.0"}
+                     nn.Sequential: f"{side}samplers.0"}
             for k, layer in enumerate(group):
                 layers[f"{side}.{i}.{k}"] = f"{side}_blocks.{level}.{place[type(layer)]}"
     inside = {"emb": ["time_emb_proj"], "skip": ["conv_shortcut"], "norm": ["group_norm"],

@@ -266,7 +266,7 @@ def check_writable(path):
 
 
 def commit():
-    """The short hash of the code's commit, a + behind it if tracked code differs; else ""."""
+    """The short hash of the code's commit, with a + if tracked code differs; "" without git."""
     def git(*argv):
         return subprocess.run(["git", "-C", Path(__file__).parent, *argv], capture_output=True)
 

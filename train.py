@@ -163,17 +163,14 @@ def find_source(dataset, data_dir=None, split="train"):
 
     Raises UserError for one that is not there, or that torchvision cannot fetch.
     """
-    if data_dir:
-        return open_source(dataset, Path(data_dir), split)
-    root = Path(f"data/{dataset}")
+    root = Path(data_dir or f"data/{dataset}")
     makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
-    try:
+    if data_dir or dataset not in makers and root.exists():
         return open_source(dataset, root, split)
-    except UserError:  # Not there, or half a download.
-        if root.exists() and dataset not in makers:
-            raise
     if dataset not in makers:
         raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
+    with contextlib.suppress(UserError):  # Not there, or half a download.
+        return open_source(dataset, root, split)
     tell(f"downloading {dataset} to {root}")
     # Network, quota, a missing helper package: all end alike.
     with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
