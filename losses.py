@@ -324,7 +324,7 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     if n < len(t):
         fit = torch.cat([fit, mean_square(predict_eps(net, diffusion, x_t[n:], t[n:]) - eps[n:])])
     weight = lam_t.flatten() * (times < cfg.reg_t * diffusion.T)
-    # Of the mean over the batch; the k stand for all `low`.
+    # A mean over the batch as well: in it the k stand for all `low`.
     fit, reg = fit.mean(), (weight * residual).sum() / k * low / len(t)
     figures = {"dsm": fit, "reg": reg, "equivariance": residual.mean(), "omega": omega.abs().mean()}
     return fit + reg, {name: value.detach() for name, value in figures.items()}

@@ -660,7 +660,7 @@ def log_line(row, steps):
 
 
 def any_rank(signals, world):
-    """The signal that any process has received, 0 without. It waits for them, but for no GPU."""
+    """The signal that any process has received, 0 without; all wait here, but for no GPU."""
     number = torch.tensor(max(signals, default=0))
     if world > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -765,7 +765,7 @@ def main(argv=None):
 
     try:
         loaded = load() if local == 0 else None
-    finally:  # The others wait here: any all-reduce does. What could not be read, they then meet.
+    finally:  # The others wait here. What could not be read, they then meet themselves.
         any_rank([], world)
     images, spoil, data = loaded or load()
     before = saved.get("data", data) if args.resume else data

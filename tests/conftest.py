@@ -42,6 +42,8 @@ def fork(log, module, *argv, ranks=1):
         port = free.getsockname()[1]
 
     def main(rank):
+        # A shell script's background jobs begin with it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{ranks}",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
         sys.stdout = sys.stderr = open(f"{log}.{rank}", "w", buffering=1)
