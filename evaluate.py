@@ -703,9 +703,8 @@ def denoising(args, about):
     about["num"], rows = len(images), []
     clean = torch.from_numpy(np.array(images)).float() / 127.5 - 1
     clean_noise = plain_figures(images)["residual_noise"]
-    levels = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()
     for std in args.noise_std:
-        t = (levels - std).abs().argmin().item()
+        t = (diffusion.noise_level - std).abs().argmin().item()
 
         def denoised(batch, index):
             noisy = batch.float() / 127.5 - 1

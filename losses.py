@@ -24,7 +24,8 @@ class Diffusion:
 
     schedule: "linear", beta from 1e-4 to .02 at T = 1000 (Ho et al. 2020), scaled by 1000 / T;
     or "cosine" (Nichol & Dhariwal 2021).  Raises ValueError on any other, or T out of 1..10^6.
-    `alpha_bar` is float64 on the CPU, (T,): samplers read it; `sqrt_a` and `s` are float32.
+    `alpha_bar` and `noise_level`, s / sqrt(a), are float64 on the CPU, (T,): samplers read them;
+    `sqrt_a` and `s` are float32.
     """
 
     def __init__(self, T=1000, schedule="linear", device="cpu"):
@@ -40,6 +41,7 @@ class Diffusion:
             raise ValueError(f"unknown schedule {schedule!r}: linear or cosine")
         self.T = T
         self.alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), dim=0)
+        self.noise_level = (1 / self.alpha_bar - 1).sqrt()
         self.sqrt_a = self.alpha_bar.sqrt().float().to(device)
         self.s = (1 - self.alpha_bar).sqrt().float().to(device)
 

@@ -514,8 +514,7 @@ def step_pairs(diffusion, steps, spacing="respaced", stop=0.0):
     """(t, prev) of each sampling step, the last prev -1 for the clean image; see `sample`."""
     chosen = timesteps(diffusion.T, steps)
     pairs = list(zip(chosen, [t - 1 for t in chosen] if spacing == "naive" else [*chosen[1:], -1]))
-    a = diffusion.alpha_bar[chosen]
-    noisy = int(((1 - a) / a >= stop**2).sum())
+    noisy = int((diffusion.noise_level[chosen] >= stop).sum())
     return pairs if noisy == steps else [*pairs[:noisy], (chosen[noisy], -1)]
 
 
@@ -602,10 +601,9 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
     nearest to its own, and goes down from there as `sample` does. noise: as of `sample`.
     """
     path = step_pairs(diffusion, steps)
-    a = diffusion.alpha_bar[[t for t, _ in path]]
-    levels = ((1 - a) / a).sqrt().float().to(noisy.device)
-    first = (levels - std[:, None]).abs().argmin(1)
-    x = diffusion.sqrt_a[[t for t, _ in path]][first].view(-1, 1, 1, 1) * noisy
+    times = torch.tensor([t for t, _ in path])
+    first = (diffusion.noise_level[times].to(std) - std[:, None]).abs().argmin(1)
+    x = diffusion.sqrt_a[times][first].view(-1, 1, 1, 1) * noisy
     for i, step in enumerate(path):
         # All draw, so that none depends on the others of its batch.
         drawn, active = noise() if sampler == "ddpm" else None, first <= i
