@@ -52,17 +52,18 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = conv3x3(c_in, c_out)
-        self.emb = xavier_init(nn.Linear(emb, c_out))
+        self.time_emb_proj = xavier_init(nn.Linear(emb, c_out))
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.dropout = dropout
         self.conv2 = conv3x3(c_out, c_out, NEAR_ZERO)
-        self.skip = nn.Identity() if c_in == c_out else xavier_init(nn.Conv2d(c_in, c_out, 1))
+        self.conv_shortcut = (nn.Identity() if c_in == c_out else
+                              xavier_init(nn.Conv2d(c_in, c_out, 1)))
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb(emb)[:, :, None, None]
+        h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
-        return self.skip(x) + self.conv2(h)
+        return self.conv_shortcut(x) + self.conv2(h)
 
 
 class Attention(nn.Module):
@@ -70,16 +71,15 @@ class Attention(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        # q, k and v are one layer here; sqrt(2) keeps the variance that three layers would have.
-        self.qkv = xavier_init(nn.Conv2d(channels, 3 * channels, 1), math.sqrt(2))
-        self.out = xavier_init(nn.Conv2d(channels, channels, 1), NEAR_ZERO)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (
+            xavier_init(nn.Linear(channels, channels)) for _ in range(3))
+        self.to_out = nn.Sequential(xavier_init(nn.Linear(channels, channels), NEAR_ZERO))
 
     def forward(self, x):
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
-        q, k, v = qkv[:, None].chunk(3, dim=-1)
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.out(h.transpose(1, 2).reshape(x.shape))
+        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out(h)[:, 0].transpose(1, 2).reshape(x.shape)
 
 
 def downsample(channels):
@@ -95,7 +95,7 @@ def upsample(channels):
 
 
 class UNet(nn.Module):
-    """DDPM's U-Net: (x_t, t) -> predicted eps.
+    """DDPM's U-Net: (x_t, t) -> predicted eps. Its parameters have the names of UNet2DModel's.
 
     image_size: pixels a side; len(mult) - 1 halvings must divide it.
     in_channels: 1 (grey) or 3 (RGB).        channels: width of the first level.
@@ -127,64 +127,67 @@ class UNet(nn.Module):
         groups = norm_groups(channels)
         emb = 4 * channels
         self.channels, self.dropout = channels, dropout
-        self.emb1 = xavier_init(nn.Linear(channels, emb))
-        self.emb2 = xavier_init(nn.Linear(emb, emb))
 
-        def block(c_in, c_out, size=None):
-            layers = nn.ModuleList([ResBlock(c_in, c_out, emb, groups, dropout)])
-            if size in attention:
-                layers.append(Attention(c_out, groups))
-            return layers
+        def level(c_ins, width, attends, **sampler):
+            """Residual blocks with these inputs, attention after each that attends; a dict."""
+            resnets = [ResBlock(c_in, width, emb, groups, dropout) for c_in in c_ins]
+            attentions = [Attention(width, groups) if attend else nn.Identity()
+                          for attend in attends]
+            return nn.ModuleDict({"resnets": nn.ModuleList(resnets),
+                                  "attentions": nn.ModuleList(attentions), **sampler})
 
-        width = channels
-        skips = [width]
-        self.conv_in = conv3x3(in_channels, width)
-        self.down = nn.ModuleList()
-        for level, size in enumerate(sizes):
-            for _ in range(blocks):
-                self.down.append(block(width, channels * mult[level], size))
-                width = channels * mult[level]
-                skips.append(width)
-            if level < len(mult) - 1:
-                self.down.append(nn.ModuleList([downsample(width)]))
-                skips.append(width)
+        self.time_embedding = nn.ModuleDict({"linear_1": xavier_init(nn.Linear(channels, emb)),
+                                             "linear_2": xavier_init(nn.Linear(emb, emb))})
+        self.conv_in = conv3x3(in_channels, channels)
+        levels = [(channels * m, size in attention) for m, size in zip(mult, sizes)]
+        width, skips = channels, [channels]
 
-        self.mid1 = block(width, width)
-        self.mid1.append(Attention(width, groups))
-        self.mid2 = block(width, width)
+        self.down_blocks = nn.ModuleList()
+        for i, (c_out, attends) in enumerate(levels):
+            resample = [downsample(c_out)] if i < len(levels) - 1 else []
+            self.down_blocks.append(level([width] + [c_out] * (blocks - 1), c_out,
+                                          [attends] * blocks,
+                                          downsamplers=nn.Sequential(*resample)))
+            skips += [c_out] * (blocks + len(resample))
+            width = c_out
 
-        self.up = nn.ModuleList()
-        for level, size in reversed(list(enumerate(sizes))):
-            for _ in range(blocks + 1):
-                self.up.append(block(width + skips.pop(), channels * mult[level], size))
-                width = channels * mult[level]
-            if level > 0:
-                self.up[-1].append(upsample(width))
+        self.mid_block = level([width, width], width, [True, False])
 
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.up_blocks = nn.ModuleList()
+        for i, (c_out, attends) in reversed(list(enumerate(levels))):
+            resample = [upsample(c_out)] if i > 0 else []
+            c_ins = [c_in + skips.pop() for c_in in [width] + [c_out] * blocks]
+            self.up_blocks.append(level(c_ins, c_out, [attends] * (blocks + 1),
+                                        upsamplers=nn.Sequential(*resample)))
+            width = c_out
+
+        self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = conv3x3(width, in_channels, NEAR_ZERO)
 
     def forward(self, x, t):
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"image of {tuple(x.shape[-2:])} pixels: not a multiple of "
                              f"{self.factor}")
-        emb = self.emb2(F.silu(self.emb1(timestep_embedding(t, self.channels))))
-        emb = F.silu(emb)
-
-        def apply(layers, h):
-            for layer in layers:
-                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-            return h
+        embed = self.time_embedding
+        emb = F.silu(embed["linear_1"](timestep_embedding(t, self.channels)))
+        emb = F.silu(embed["linear_2"](emb))
 
         h = self.conv_in(x)
         skips = [h]
-        for layers in self.down:
-            h = apply(layers, h)
-            skips.append(h)
-        h = apply(self.mid2, apply(self.mid1, h))
-        for layers in self.up:
-            h = apply(layers, torch.cat([h, skips.pop()], dim=1))
-        return self.conv_out(F.silu(self.norm_out(h))).float()
+        for level in self.down_blocks:
+            for resnet, attention in zip(level["resnets"], level["attentions"]):
+                h = attention(resnet(h, emb))
+                skips.append(h)
+            for layer in level["downsamplers"]:
+                h = layer(h)
+                skips.append(h)
+        for resnet, attention in zip(self.mid_block["resnets"], self.mid_block["attentions"]):
+            h = attention(resnet(h, emb))
+        for level in self.up_blocks:
+            for resnet, attention in zip(level["resnets"], level["attentions"]):
+                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), emb))
+            h = level["upsamplers"](h)
+        return self.conv_out(F.silu(self.conv_norm_out(h))).float()
 
 
 # The settings that make a network: the same names in the flags of train.py and in a checkpoint.
@@ -245,7 +248,7 @@ def load_weights(net, state, path):
         raise ValueError(f"{path}: its weights do not fit its config") from error
 
 
-# ---------- diffusers: its UNet2DModel is the same network under other names
+# ---------- diffusers: its UNet2DModel is the same network, with the same names
 
 # What a UNet2DModel may be beside its shape, by default; what DDPM's, and ours, is instead.
 DEFAULTS = {"act_fn": "silu", "center_input_sample": False, "mid_block_scale_factor": 1,
@@ -274,31 +277,6 @@ def diffusers_scheduler(T, schedule):
     betas = {"beta_start": 0.1 / T, "beta_end": 20 / T} if schedule == "linear" else {}
     return {"num_train_timesteps": T, "beta_schedule": BETAS[schedule], **betas,
             "prediction_type": "epsilon"}
-
-
-def diffusers_keys(net, blocks):
-    """{our parameter: its names in UNet2DModel}: three where q, k and v are one layer here."""
-    layers = {"emb1": "time_embedding.linear_1", "emb2": "time_embedding.linear_2",
-              "conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out",
-              "mid1.0": "mid_block.resnets.0", "mid1.1": "mid_block.attentions.0",
-              "mid2.0": "mid_block.resnets.1"}
-    for side in ("down", "up"):
-        for i, group in enumerate(getattr(net, side)):
-            level, j = divmod(i, blocks + 1)
-            place = {ResBlock: f"resnets.{j}", Attention: f"attentions.{j}",
-                     nn.Sequential: f"{side}samplers.0"}
-            for k, layer in enumerate(group):
-                layers[f"{side}.{i}.{k}"] = f"{side}_blocks.{level}.{place[type(layer)]}"
-    inside = {"emb": ["time_emb_proj"], "skip": ["conv_shortcut"], "norm": ["group_norm"],
-              "out": ["to_out.0"], "qkv": ["to_q", "to_k", "to_v"]}
-    keys = {}
-    for key in net.state_dict():
-        layer, kind = key.rsplit(".", 1)
-        block, _, leaf = layer.rpartition(".")
-        names = [layers[layer]] if layer in layers else [
-            f"{layers[block]}.{name}" for name in inside.get(leaf, [leaf])]
-        keys[key] = [f"{name}.{kind}" for name in names]
-    return keys
 
 
 def read_safetensors(path):
@@ -386,15 +364,11 @@ def read_diffusers(file):
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
                          ("proj_attn", "to_out.0")):  # The names of 2022.
             tensors = {name.replace(f".{old}.", f".{new}."): x for name, x in tensors.items()}
-        shapes = {key: value.shape for key, value in net.state_dict().items()}
-        state = {key: torch.cat([tensors.pop(name) for name in names]).float().reshape(shapes[key])
-                 for key, names in diffusers_keys(net, config["blocks"]).items()}
-        if tensors:
-            raise ValueError(f"{next(iter(tensors))} has no place in this network")
+        net.load_state_dict(tensors)  # The names are the same.
     except Exception as error:  # A damaged or hostile file may raise anything.
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} is no UNet2DModel that fits: {reason}") from error
-    return {"model": state, "ema": state, "step": 0, "config": config}
+    return {"model": net.state_dict(), "ema": net.state_dict(), "step": 0, "config": config}
 
 
 def write_diffusers(net, config, folder):
@@ -404,11 +378,6 @@ def write_diffusers(net, config, folder):
     """
     if config["mult"][0] != 1:
         raise ValueError(f"diffusers has no network with --mult {config['mult'][0]} at first")
-    state, tensors = net.state_dict(), {}
-    for key, names in diffusers_keys(net, config["blocks"]).items():
-        for name, part in zip(names, state[key].chunk(len(names))):
-            # The convolutions of our attention are linear layers there.
-            tensors[name] = part.flatten(1) if ".to_" in name and part.dim() > 1 else part
     files = {
         "model_index.json": {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"],
                              "scheduler": ["diffusers", "DDPMScheduler"]},
@@ -419,4 +388,4 @@ def write_diffusers(net, config, folder):
     for name, settings in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n")
-    write_safetensors(folder / "unet/diffusion_pytorch_model.safetensors", tensors)
+    write_safetensors(folder / "unet/diffusion_pytorch_model.safetensors", net.state_dict())

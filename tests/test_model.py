@@ -51,7 +51,8 @@ def test_a_fresh_network_predicts_almost_nothing_and_its_blocks_are_the_identity
     x = torch.randn(2, 3, 16, 16)
     assert net(x, torch.tensor([1, 2])).abs().max() < 1e-3
     h, emb = torch.randn(2, 32, 16, 16), torch.randn(2, 128)
-    torch.testing.assert_close(net.down[0][0](h, emb), h, rtol=0, atol=1e-3)
+    resnet = net.down_blocks[0]["resnets"][0]
+    torch.testing.assert_close(resnet(h, emb), h, rtol=0, atol=1e-3)
 
 
 def test_the_time_step_matters_and_a_sample_does_not_see_its_neighbours():
@@ -189,7 +190,7 @@ def test_bin_files_half_precision_and_the_names_of_2022(theirs, copied):
     (UNET, {"freq_shift": 0}, "freq_shift is 0"),
     (UNET, {"attention_head_dim": 8}, "attention_head_dim is 8"),
     (UNET, {"down_block_types": ["DownBlock2D", "ResnetDownsampleBlock2D"]}, "down_block_types"),
-    (UNET, {"layers_per_block": 2}, "is missing"),
+    (UNET, {"layers_per_block": 2}, "Missing key"),
     (UNET, {"block_out_channels": "many"}, "no UNet2DModel that fits"),
     (SCHEDULER, {"prediction_type": "v_prediction"}, "v_prediction"),
     (SCHEDULER, {"num_train_timesteps": 10**12, "beta_start": 0.1 / 10**12,
