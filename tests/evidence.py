@@ -1,11 +1,11 @@
 """The paper's claims on real images at the scale of one small machine; not run by the tests.
 
     python tests/evidence.py --list                       the studies and what they would take
-    python tests/evidence.py headline --workers 2         train, draw and measure what is missing
-    python tests/evidence.py headline --record            the same, and keep it in assets/results.*
-    python tests/evidence.py headline --tables            print the table of what is there
-    python tests/evidence.py headline --picture a.png     put its images together
-    python tests/evidence.py headline --rows dsm --seeds 0 --columns noise.2      one cell of it
+    python tests/evidence.py answer --workers 2           train, draw and measure what is missing
+    python tests/evidence.py answer --record              the same, and keep it in assets/results.*
+    python tests/evidence.py answer --tables              print the table of what is there
+    python tests/evidence.py answer --picture a.png       put its images together
+    python tests/evidence.py answer --rows dsm --seeds 0 --columns noise.2      one cell of it
     python tests/evidence.py --render                     results.md anew from results.json
 
 A run is `train.py` with a network of 1.1 M parameters on Fashion-MNIST at 16x16 (60,000 images,
@@ -65,8 +65,6 @@ COLUMNS = {
     "outliers": ("10 % outliers", {"outlier_p": 0.1}),
     "strangers": ("10 % photographs (CIFAR-10, grey)",
                   {"outlier_p": 0.1, "outlier_dir": "cifar10"}),
-    # As many images as noise.2 leaves clean, a draw of their own, measured against all of them.
-    "tenth": ("6000 clean images alone", {"limit": 6000}),
     "few": ("200 clean images", {"limit": 200}),
     "cifar10": ("CIFAR-10, 90 % noisy, std .2",
                 {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2}),
@@ -75,9 +73,8 @@ COLUMNS = {
 # half the median; among outliers, of which a tenth is far away, a value in the gap. Of all.2 it
 # leaves one image: only the row aware goes there.
 FILTER = {"clean": 0.008, "noise.1": 0.064, "noise.2": 0.11, "all.2": 0.11, "blurred": 0.036,
-          "outliers": 0.2, "strangers": 0.011, "tenth": 0.008, "few": 0.008, "cifar10": 0.11}
+          "outliers": 0.2, "strangers": 0.011, "few": 0.008, "cifar10": 0.11}
 LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
-# `init_from` names another row: its network is trained for 80 % of the steps and then fine-tuned.
 # `stop` is a flag of evaluate.py's: the row's run is that of `of`.
 ROWS = {
     "dsm": ("dsm (plain)", {"mode": "dsm"}),
@@ -85,9 +82,7 @@ ROWS = {
     "random_lam1": ("random, lambda 1", {"mode": "random", "lam": 1}),
     "adv": ("adv (the paper's)", {"mode": "adv"}),
     "adv_low": ("adv, lowest tenth of t", LOW),
-    "adv_low_lam0.1": ("adv, lowest tenth of t, lambda .1", {**LOW, "lam": 0.1}),
     "adv_low_lam1": ("adv, lowest tenth of t, lambda 1", {**LOW, "lam": 1}),
-    "adv_low_0.3": ("adv, lowest 30 % of t", {**LOW, "reg_t": 0.3}),
     "adv_share": ("adv, random 30 %", SHARE),
     "adv_l2_share": ("adv, l2, random 30 %", {**SHARE, "ascent_norm": "l2"}),
     "adv_epsilon_share": ("adv, reading epsilon, random 30 %", {**SHARE, "reading": "epsilon"}),
@@ -102,19 +97,14 @@ ROWS = {
     "dsm_stop.6": ("dsm, stopped at noise .6", {"of": "dsm", "stop": 0.6}),
     "adv_low_stop.4": ("adv, lowest tenth, stopped at .4", {"of": "adv_low", "stop": 0.4}),
     "expert_stop": ("dsm, adv expert, stopped at .2", {"of": "expert", "stop": 0.2}),
-    "adv_late": ("dsm, its last fifth adv", {"mode": "adv", "init_from": "dsm"}),
-    "adv_late_low": ("dsm, its last fifth adv, lowest tenth of t", {**LOW, "init_from": "dsm"}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
     "expert": ("dsm, adv expert for t < T / 10",
                {"mode": "adv", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
-    "expert.2": ("dsm, adv expert for t < T / 5",
-                 {"mode": "adv", "t_max": 0.2, "ema": 0.99, "expert_of": "dsm"}),
     # What of the expert's gain is the second network's, and what the smaller objective would do.
     "expert_dsm": ("dsm, dsm expert for t < T / 10",
                    {"mode": "dsm", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
     "expert_random": ("dsm, random expert for t < T / 10",
                       {"mode": "random", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
-    "adv_late_share": ("dsm, its last fifth adv, random 30 %", {**SHARE, "init_from": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
 # Of few images KID is taken, since the Frechet distance depends on their number.
@@ -139,28 +129,19 @@ COMMANDS = {
 }
 # study: (command, columns, rows, seeds, training steps)
 STUDIES = {
-    "frontier": ("quality", ["noise.2"],
-                 ["dsm", "random", "random_lam1", "adv", "adv_low", "adv_low_lam0.1",
-                  "adv_low_lam1", "adv_low_0.3", "adv_share", "adv_l2_share",
-                  "adv_epsilon_share", "invariant_share"], [0], 2000),
-    "table": ("quality", ["clean", "outliers", "noise.1"],
-              ["dsm", "random", "adv", "adv_low", "adv_share"], [0], 2000),
-    "answer": ("quality", ["all.2", "noise.2", "cifar10", "blurred", "outliers", "strangers",
+    "answer": ("quality", ["noise.2", "all.2", "cifar10", "blurred", "outliers", "strangers",
                            "clean", "noise.1"],
-               ["dsm", "adv_low", "expert", "expert_dsm", "expert_random", "expert.2", "filter",
-                "aware", "aware_stop", "dsm_stop", "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4",
-                "expert_stop", "ip", "random", "adv"],
-               [0], 2000),
-    "tenth": ("quality", ["tenth"], ["dsm"], [0], 2000),
+               ["dsm", "random", "adv", "adv_low", "filter", "aware", "aware_stop", "ip",
+                "dsm_stop", "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4", "expert_stop", "expert",
+                "expert_dsm", "expert_random"], [0], 2000),
+    "forms": ("quality", ["noise.2"],
+              ["random_lam1", "adv_low_lam1", "adv_share", "adv_l2_share", "adv_epsilon_share",
+               "invariant_share"], [0], 2000),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
     "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 2000),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
-    "headline": ("quality", ["noise.2"], ["dsm", "random", "adv", "adv_low", "adv_share",
-                                          "adv_late", "adv_late_share"], [0, 1], 5000),
-    "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 5000),
-    "cifar10": ("quality", ["cifar10"], ["dsm", "adv_low", "adv_share"], [0], 5000),
+    "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 2000),
 }
-
 
 LABELS = {name: label for name, (label, _) in (COLUMNS | ROWS).items()}
 
@@ -175,9 +156,7 @@ def units(row):
     settings = ROWS[run_of(row)][1]
     own = forward_units(settings["mode"], Perturbation(**{
         key: settings[key] for key in Perturbation.__dataclass_fields__.keys() & settings}))
-    if "expert_of" in settings:
-        return units(settings["expert_of"]) + own / 4
-    return 0.8 * units(settings["init_from"]) + 0.2 * own if "init_from" in settings else own
+    return units(settings["expert_of"]) + own / 4 if "expert_of" in settings else own
 
 
 # ---------- The classifier whose features the distances take
@@ -298,16 +277,11 @@ def train(column, row, steps, seed, folder, args):
         flags["filter"] = FILTER[column]
     if "outlier_dir" in flags:
         flags["outlier_dir"] = args.cifar10_dir or ROOT / "data/cifar10"
-    start, plain = flags.pop("init_from", None), flags.pop("expert_of", None)
+    plain = flags.pop("expert_of", None)
     if plain:
         flags["init_from"] = folder.with_name(f"{plain}-{seed}")
         train(column, plain, steps, seed, flags["init_from"], args)
         steps //= 4
-    if start:
-        first = steps * 4 // 5
-        flags["init_from"] = folder.with_name(f"{folder.name}-start")
-        train(column, start, first, seed, flags["init_from"], args)
-        steps -= first
     with training[folder]:
         saved = 0
         if (folder / "ckpt.pt").exists():
@@ -326,9 +300,9 @@ def train(column, row, steps, seed, folder, args):
 def result_path(column, row, seed, args):
     """Where the figures of a run are, once it is done."""
     num = min(args.num, COMMANDS[args.command][1])
-    # A late start fits one number of steps: that of another number does not go on from it.
+    # An expert fits a run of one number of steps: that of another number does not go on from it.
     name = run_of(row)
-    if {"init_from", "expert_of"} & ROWS[name][1].keys():
+    if "expert_of" in ROWS[name][1]:
         name = f"{name}_{args.steps}"
     stop = f"-stop{ROWS[row][1]['stop']}" if "stop" in ROWS[row][1] else ""
     return args.out / column / f"{name}-{seed}" / f"{args.command}-{args.steps}-{num}{stop}.json"
@@ -489,8 +463,22 @@ def render():
 
 
 def rendered(records):
-    """The text of results.md."""
+    """The text of results.md: a table of each record, of many training sets one for each."""
     parts = [INTRO]
+    for one in records:
+        command = f" `{one['command']}`" if one["command"] else ""
+        parts.append(f"## {one['heading']}\n\n{one['title']}{command}\n")
+        if "picture" in one:
+            parts.append(f"![{one['heading']}]({one['picture']})\n")
+        sets = dict.fromkeys(row.get("trained on") for row in one["rows"])
+        if len(sets) < 3:
+            parts.append(table(one["columns"], one["rows"]))
+            continue
+        columns = [name for name in one["columns"] if name != "trained on"]
+        for name in sets:
+            rows = [row for row in one["rows"] if row.get("trained on") == name]
+            parts += [f"### {LABELS.get(name, name)}\n"] * bool(name) + [table(columns, rows)]
+    parts.append("## Names in tests/evidence.py\n")
     for title, known in (("trained on", COLUMNS), ("row", ROWS)):
         lines = []
         for name, (label, flags) in known.items():
@@ -498,13 +486,7 @@ def rendered(records):
             flags = " ".join(f"{flag}={value}" if value in (*ROWS, "own") and flag != "mode" else
                              f"--{flag} {value}" for flag, value in flags.items())
             lines.append([label, f"`{name}`", f"`{flags}`" if flags else ""])
-        parts.append(markdown([title, "its name in evidence.py", "settings there"], lines))
-    for one in records:
-        command = f" `{one['command']}`" if one["command"] else ""
-        parts.append(f"## {one['heading']}\n\n{one['title']}{command}\n")
-        if "picture" in one:
-            parts.append(f"![{one['heading']}]({one['picture']})\n")
-        parts.append(table(one["columns"], one["rows"]))
+        parts.append(markdown([title, "its name", "settings"], lines))
     return "\n".join(parts)
 
 
@@ -589,7 +571,7 @@ def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
     flag = p.add_argument
-    flag("study", nargs="?", choices=list(STUDIES), default="frontier", help="see --list")
+    flag("study", nargs="?", choices=list(STUDIES), default="answer", help="see --list")
     flag("--list", action="store_true", help="show the studies, run nothing")
     flag("--render", action="store_true", help="write results.md anew, run nothing")
     flag("--tables", action="store_true", help="print the table, run nothing")

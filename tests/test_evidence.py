@@ -81,7 +81,7 @@ def drive(fashion, tmp_path, *argv):
 
 
 def test_runs_are_trained_measured_and_not_repeated(calls, fashion, tmp_path):
-    argv = ["frontier", "--rows", "dsm,adv_low", "--seeds", 1, "--num", 10]
+    argv = ["answer", "--columns", "noise.2", "--rows", "dsm,adv_low", "--seeds", 1, "--num", 10]
     drive(fashion, tmp_path, *argv)
     (name, flags), (_, asked), (_, low), _ = calls
     assert name == "train.py" and (flags["mode"], flags["noise_std"]) == ("dsm", 0.2)
@@ -100,16 +100,12 @@ def test_runs_are_trained_measured_and_not_repeated(calls, fashion, tmp_path):
     assert len(calls) == 8 and calls[6][1]["mode"] == "random"
 
 
-def test_a_late_start_is_initialised_from_a_plain_run(calls, fashion, tmp_path):
-    argv = ["headline", "--rows", "adv_late_share", "--seeds", 0, "--steps", 100]
+def test_an_expert_is_initialised_from_a_plain_run(calls, fashion, tmp_path):
+    argv = ["answer", "--rows", "expert", "--columns", "clean", "--steps", 100]
     drive(fashion, tmp_path, *argv)
-    (_, plain), (_, late), _ = calls
-    assert (plain["mode"], plain["steps"], plain["init_from"]) == ("dsm", 80, None)
-    assert (late["mode"], late["steps"], late["reg_share"]) == ("adv", 20, 0.3)
-    assert late["init_from"] == plain["out"] != late["out"]
-    drive(fashion, tmp_path, "answer", "--rows", "expert", "--columns", "clean", "--steps", 100)
-    (_, plain), (_, copy), (_, asked) = calls[3:]
-    assert plain["steps"] == 100 and plain["out"].name == "dsm-0"
+    (_, plain), (_, copy), (_, asked) = calls
+    assert (plain["mode"], plain["steps"], plain["init_from"]) == ("dsm", 100, None)
+    assert plain["out"].name == "dsm-0" and copy["mode"] == "adv"
     assert (copy["t_max"], copy["steps"], asked["expert"]) == (0.1, 25, copy["out"])
     assert asked["samples"] == [copy["init_from"]] == [plain["out"]]
     drive(fashion, tmp_path, "answer", "--rows", "expert_stop", "--columns", "clean", "--steps",
@@ -118,18 +114,19 @@ def test_a_late_start_is_initialised_from_a_plain_run(calls, fashion, tmp_path):
     assert (stopped["stop"], stopped["expert"], stopped["samples"]) == (
         0.2, copy["out"], asked["samples"])
     # Stopped in its second part it goes on there.
-    (late["out"] / "quality-100-2000.json").unlink()
-    (late["out"] / "ckpt.pt").write_text("10")
+    (copy["out"] / "quality-100-2000.json").unlink()
+    (copy["out"] / "ckpt.pt").write_text("10")
     drive(fashion, tmp_path, *argv)
-    _, again, _ = (flags for _, flags in calls[5:])
-    assert again["resume"] and again["init_from"] is None and again["steps"] == 20
+    again = calls[3][1]
+    assert again["resume"] and again["init_from"] is None and again["steps"] == 25
 
 
 def test_other_training_sets_and_commands(calls, fashion, tmp_path):
     drive(fashion, tmp_path, "copies", "--rows", "dsm")
     assert calls[0][1]["limit"] == 200 and calls[0][1]["noise_p"] == 0
     assert calls[1][1]["holdout"] == "fashion_mnist" and calls[1][1]["features"] == "pixels"
-    drive(fashion, tmp_path, "cifar10", "--rows", "dsm", "--cifar10_dir", tmp_path)
+    drive(fashion, tmp_path, "answer", "--columns", "cifar10", "--rows", "dsm", "--cifar10_dir",
+          tmp_path)
     assert calls[2][1]["dataset"] == "cifar10" and calls[2][1]["data_dir"] == tmp_path
     drive(fashion, tmp_path, "answer", "--columns", "strangers", "--rows", "aware,dsm,dsm_stop",
           "--cifar10_dir", tmp_path)
@@ -146,9 +143,9 @@ def test_record_replaces_what_was_typed_back(calls, fashion, tmp_path, capsys):
     other = {**typed, "seed": 1, "FD": 7.25}
     columns = ["row", "seed", "noise left", "FD"]
     evidence.RESULTS.write_text(evidence.dump([{
-        "study": "frontier", "heading": "H", "title": "T.", "command": "c", "columns": columns,
+        "study": "answer", "heading": "H", "title": "T.", "command": "c", "columns": columns,
         "rows": [other, typed]}]))
-    drive(fashion, tmp_path, "frontier", "--rows", "dsm,adv", "--columns", "noise.2", "--record")
+    drive(fashion, tmp_path, "answer", "--rows", "dsm,adv", "--columns", "noise.2", "--record")
     clean, dsm, kept, adv = json.loads(evidence.RESULTS.read_text())[0]["rows"]
     assert clean["row"] == "clean images" and clean["pixel std"] == 0.67
     assert (dsm["FD"], dsm["forward-units"], adv["forward-units"]) == (1.5, 3, 8)
@@ -165,11 +162,11 @@ def test_record_replaces_what_was_typed_back(calls, fashion, tmp_path, capsys):
 
 
 def test_pictures_have_the_training_data_and_each_run(calls, fashion, tmp_path):
-    drive(fashion, tmp_path, "headline", "--rows", "dsm,adv", "--seeds", 0)
-    drive(fashion, tmp_path, "headline", "--seeds", 0, "--picture", tmp_path / "a.png")
+    some = ["answer", "--columns", "noise.2"]
+    drive(fashion, tmp_path, *some, "--rows", "dsm,adv")
+    drive(fashion, tmp_path, *some, "--picture", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (190 + 802, 3 * 52)
-    drive(fashion, tmp_path, "headline", "--seeds", 0, "--columns", "noise.2,clean", "--picture",
-          tmp_path / "a.png")
+    drive(fashion, tmp_path, "answer", "--columns", "noise.2,clean", "--picture", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (190 + 2 * 402 + 8, 20 + 3 * 52)
 
 
@@ -233,7 +230,7 @@ def test_studies_and_costs():
         assert {*columns} <= evidence.COLUMNS.keys() and {*rows} <= evidence.ROWS.keys()
     assert evidence.units("adv_share") == forward_units("adv", Perturbation(reg_share=0.3))
     assert evidence.units("adv_low") == pytest.approx(3.5)
-    assert evidence.units("adv_late_share") == pytest.approx(0.8 * 3 + 0.2 * 4.5)
+    assert evidence.units("expert") == 3 + 8 / 4
     for argv in (["--rows", "advs"], ["--seeds", "x"]):
         with pytest.raises(UserError, match=argv[0]):
             evidence.parse_args(argv)
