@@ -34,7 +34,7 @@ from torch import nn
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
 from model import diffusers_file
-from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, a_path, add_sampling_flags,
+from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, add_sampling_flags,
                     check_alike, check_writable, clean_images, comma_list, commit, crop_resize,
                     denoise_step, draw_images, finite, haar, image_noise, load_run, number,
                     open_images, read_json, run_cli, save_grid, save_npz, seed_for, setup_device,
@@ -237,7 +237,8 @@ def load_features(args, shape, about):
         found = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
         return found if isinstance(found, tuple) else (found,)
 
-    try:
+    with user_errors(Exception, prefix=f"--features {name} cannot be had; offline take --inception "
+                                       "FILE or --features random: "):
         if name == "inception":
             net, label = load_inception(args.inception)
         elif name == "random":
@@ -257,12 +258,6 @@ def load_features(args, shape, about):
         rows = features(torch.zeros(1, *shape, dtype=torch.uint8, device=device), None)[0]
         if rows.dim() != 2:
             raise ValueError(f"the output is {tuple(rows.shape)}, not (B, d)")
-    except Exception as error:  # Missing, no weights, no network, or what the module raises.
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()[:300]
-        hint = f": fetch {INCEPTION} and name it with --inception, or use --features random"
-        raise UserError(f"--features {name}: neither inception, random, dinov2, pixels nor "
-                        f"TorchScript for {shape[2]}x{shape[1]} pixels ({reason})"
-                        + hint * (name == "inception")) from error
     about["features"] = label
     return features
 
@@ -287,14 +282,13 @@ def extract(images, function, args, title):
 
     Raises UserError where a value is not finite.
     """
-    batches = []
-    with ticker(title, len(images)) as tick:
-        for index in torch.arange(len(images)).split(args.batch_size):
-            batch = torch.from_numpy(images[index.numpy()]).to(args.device)
-            batches.append([values.cpu() for values in function(batch, index)])
-            if not all(values.isfinite().all() for values in batches[-1]):
-                raise UserError(f"{title}: what the network returns is not finite")
-            tick(index[-1].item() + 1)
+    batches, tick = [], ticker(title, len(images))
+    for index in torch.arange(len(images)).split(args.batch_size):
+        batch = torch.from_numpy(images[index.numpy()]).to(args.device)
+        batches.append([values.cpu() for values in function(batch, index)])
+        if not all(values.isfinite().all() for values in batches[-1]):
+            raise UserError(f"{title}: what the network returns is not finite")
+        tick(index[-1].item() + 1)
     return [torch.cat(parts) for parts in zip(*batches)]
 
 
@@ -315,21 +309,20 @@ def nearest(x, y, k, device, title, prepare=lambda rows: rows, same=False, radii
     def ready(rows):
         return prepare(rows.to(device).double())
 
-    found = []
-    with ticker(title, len(x)) as tick:
-        for i in range(0, len(x), BLOCK):
-            a = ready(x[i:i + BLOCK])
-            distance = torch.cat([torch.cdist(a, ready(b)) for b in y.split(BLOCK)], dim=1)
-            if same:
-                distance[:, i:i + len(a)].fill_diagonal_(math.inf)
-            if radii is not None:
-                distance -= radii.to(distance)
-            index = distance.topk(k, largest=False).indices.cpu()
-            # cdist takes |x|^2 + |y|^2 - 2 x.y; the differences to the chosen few are exact.
-            chosen = ready(y[index.flatten()]).view(*index.shape, -1)
-            exact, order = (a[:, None] - chosen).norm(dim=2).cpu().sort(dim=1)
-            found.append((exact, index.gather(1, order)))
-            tick(i + len(a))
+    found, tick = [], ticker(title, len(x))
+    for i in range(0, len(x), BLOCK):
+        a = ready(x[i:i + BLOCK])
+        distance = torch.cat([torch.cdist(a, ready(b)) for b in y.split(BLOCK)], dim=1)
+        if same:
+            distance[:, i:i + len(a)].fill_diagonal_(math.inf)
+        if radii is not None:
+            distance -= radii.to(distance)
+        index = distance.topk(k, largest=False).indices.cpu()
+        # cdist takes |x|^2 + |y|^2 - 2 x.y; the differences to the chosen few are exact.
+        chosen = ready(y[index.flatten()]).view(*index.shape, -1)
+        exact, order = (a[:, None] - chosen).norm(dim=2).cpu().sort(dim=1)
+        found.append((exact, index.gather(1, order)))
+        tick(i + len(a))
     return tuple(torch.cat(part) for part in zip(*found))
 
 
@@ -418,12 +411,7 @@ def measure_set(images, features, args, about, title, keep=False):
     path = Path(args.cache_dir or CACHE, f"statistics-{digest.hexdigest()[:16]}.npz")
     if keep:
         with contextlib.suppress(Exception), np.load(path) as file:  # Missing or damaged: anew.
-            found = {name: torch.from_numpy(file[name]) for name in file}
-            d = found["features"].shape[1]
-            shapes = {"features": (len(images), d), "mean": (d,), "cov": (d, d),
-                      "radii": (len(images),)}
-            if {name: tuple(value.shape) for name, value in found.items()} == shapes:
-                return found
+            return {name: torch.from_numpy(file[name]) for name in file}
         check_writable(path)
     rows, *logits = extract(images, features, args, title)
     near, _ = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)
@@ -769,7 +757,7 @@ def save_sheet(strips, path):
     for row, name in enumerate(strips):
         middle = (row + 0.5) * sheet.height / len(strips)
         ImageDraw.Draw(sheet).text((4, middle - 6), name, "black")
-    sheet.save(path)
+    sheet.save(path, "PNG")
 
 
 def print_table(rows):
@@ -806,30 +794,30 @@ def parse_args(argv=None):
 
     model, many = "run folder or checkpoint file of train.py", "how many images"
     flag = adder("quality", "memorization")
-    parsers["quality"].add_argument("samples", type=a_path, nargs="+",
+    parsers["quality"].add_argument("samples", type=Path, nargs="+",
                                     help=f"{model}, or images: folder, zip, npz; or several")
-    parsers["memorization"].add_argument("samples", type=a_path,
+    parsers["memorization"].add_argument("samples", type=Path,
                                          help=f"{model}, or images: folder, zip, npz")
     flag("--num", type=ten, help=f"{many}; else 50000 of a run, all of a folder")
     flag = adder("attack", "steps")
-    flag("run", type=a_path, help=model)
+    flag("run", type=Path, help=model)
     flag("--num", type=ten, default=5000, help=many)
     flag = adder("denoise")
-    flag("run", type=a_path, help=model)
+    flag("run", type=Path, help=model)
     flag("--num", type=ten, help=f"{many}; else 1000")
     flag("--noise_std", type=comma_list(positive), default=[0.1, 0.2],
          help="std of the noise on the [-1, 1] scale")
     flag = adder("overfit")
-    flag("run", type=a_path, nargs="+", help=model)
+    flag("run", type=Path, nargs="+", help=model)
     flag("--num", type=whole, default=16, help=many)
 
     flag = adder("quality", "memorization", "attack", "steps")
     flag("--features", default="inception",
          help="inception; random: untrained, offline, not comparable; dinov2; pixels; or FILE.pt, "
               "TorchScript uint8 NCHW -> (B, d)")
-    flag("--inception", type=a_path, help="file of the Inception's weights; else torch.hub's")
+    flag("--inception", type=Path, help="file of the Inception's weights; else torch.hub's")
     flag("--reference_num", type=ten, help="only so many images of the reference; else all")
-    flag("--png", type=a_path, help="file for a picture")
+    flag("--png", type=Path, help="file for a picture")
     flag = adder("memorization")
     parsers["memorization"].set_defaults(features="pixels", png=Path("out/memorization.png"))
     flag("--holdout", help="held-out images, as --reference; of a data set the test split")
@@ -843,7 +831,7 @@ def parse_args(argv=None):
     flag("--eot", type=number(int, 0), default=1,
          help="attack D after the next step, clipping included, in the mean over so many noises of "
               "ddpm; 0: D now, which overlooks the clipping")
-    flag("--surrogate", type=a_path, help="second run, to attack through as well (transfer)")
+    flag("--surrogate", type=Path, help="second run, to attack through as well (transfer)")
 
     flag = adder("steps")
     flag("--sampler", type=comma_list(str, "ddpm", "ddim"), default=["ddpm", "ddim"],
@@ -861,10 +849,10 @@ def parse_args(argv=None):
     flag = adder("quality", "memorization", "attack", "steps", "denoise")
     flag("--reference", help="a data set of train.py, a folder, zip or npz; else the run's own")
     flag = adder(*COMMANDS)
-    flag("--data_dir", type=a_path, help="folder, zip or npz of the data set; else the run's")
-    flag("--cache_dir", type=a_path, help=f"for statistics and decoded images; else {CACHE}")
+    flag("--data_dir", type=Path, help="folder, zip or npz of the data set; else the run's")
+    flag("--cache_dir", type=Path, help=f"for statistics and decoded images; else {CACHE}")
     flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
-    flag("--json", type=a_path, help="file for the figures and their provenance")
+    flag("--json", type=Path, help="file for the figures and their provenance")
     return p.parse_args(argv)
 
 
@@ -877,8 +865,6 @@ def main(argv=None):
     _, _, world, args.device = setup_device(args.device)
     if world > 1:
         raise UserError("evaluate.py runs in one process; `torchrun sample.py` draws on several")
-    if png and png.suffix.lower() != ".png":
-        raise UserError(f"--png {png} does not end in .png")
     print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
     for path in filter(None, (args.json, png)):
         check_writable(path)

@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from losses import Diffusion, denoise
-from model import UNET_KEYS, build_network, load_weights, read_checkpoint, write_diffusers
+from model import build_network, load_weights, read_checkpoint, write_diffusers
 
 # ---------- Plumbing that every script shares: mistakes, flags, devices, progress, files, seeds
 
@@ -82,24 +82,19 @@ def user_errors(*kinds, prefix=""):
     except UserError:
         raise
     except kinds as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{prefix}{reason}") from error
+        raise UserError(f"{prefix}{error}") from error
 
 
-def number(kind, low, high=None, open_high=False):
-    """An argparse type: an int or float within [low, high], or [low, high) if open_high."""
+def number(kind, low, high=sys.float_info.max):
+    """An argparse type: an int or float within [low, high]."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        above = high is not None and (value >= high if open_high else value > high)
-        if not value >= low or above or value == float("inf"):
-            upper = "" if high is None else f" and {'below' if open_high else 'at most'} {high}"
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {low}{upper}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        word = "a whole number" if kind is int else "a number"
+        upper = "" if high == sys.float_info.max else f" and at most {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {low}{upper}")
 
     return parse
 
@@ -114,13 +109,6 @@ def comma_list(kind, *choices):
         return values
 
     return parse
-
-
-def a_path(text):
-    """An argparse type: a path, which may not be empty (that would be the current folder)."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -190,9 +178,8 @@ def tell(text, end="\n"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextlib.contextmanager
 def ticker(title, total):
-    """A line of progress with a rate and an ETA: call what it yields with how many are done."""
+    """A line of progress with a rate and an ETA: call what it returns with how many are done."""
     start = shown = time.time()
 
     def tick(done):
@@ -202,13 +189,9 @@ def ticker(title, total):
             shown = now
             rate = done / (now - start)
             tell(f"\r{title}: {done:,.0f}/{total:,}  {rate:,.1f}/s  ETA "
-                 f"{duration((total - done) / rate)}   ", end="")
+                 f"{duration((total - done) / rate)}   ", end="\n" if done >= total else "")
 
-    try:
-        yield tick
-    finally:
-        if shown > start:
-            tell("")
+    return tick
 
 
 HOST = platform.node().replace(".", "_")
@@ -303,7 +286,7 @@ def save_grid(images, path, columns=8):
                    constant_values=255)
     rows = [np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)]
     sheet = np.pad(np.concatenate(rows), ((0, 2), (0, 2), (0, 0)), constant_values=255)
-    Image.fromarray(sheet.squeeze()).save(path)
+    Image.fromarray(sheet.squeeze()).save(path, "PNG")
 
 
 BLUE, RED, GREY, BLACK = (40, 90, 200), (215, 40, 30), (170, 170, 170), (0, 0, 0)
@@ -391,41 +374,26 @@ class Source(NamedTuple):
 
 
 def is_image(name):
-    """By its suffix; hidden files, the Macintosh's shadow files and Pillow's stubs are not."""
-    path = Path(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    stub = kind in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-    return kind in Image.OPEN and not stub and not hidden
-
-
-def is_run(folder):
-    """Whether train.py has written this folder: it holds a config.json of ours."""
-    return set(UNET_KEYS) <= read_json(Path(folder) / "config.json").keys()
+    """By its suffix, unless hidden, the Macintosh's shadow of a file, or outside of its zip."""
+    known = name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm",
+                                   ".tif", ".tiff", ".gif"))
+    return known and not any(part.startswith((".", "/", "__MACOSX")) for part in Path(name).parts)
 
 
 def find_files(root):
-    """The files below a folder, sorted; links are followed, each real folder is read once.
-
-    Runs and samples below it are left out: their pictures are no data.
-    Raises UserError for a link that leads nowhere, and a folder that may not be read.
-    """
+    """The files below a folder, sorted; links are followed, each real folder is read once."""
 
     def refuse(error):
-        raise UserError(f"{error.filename}: {error.strerror}")
+        raise error
 
     seen, found = set(), []
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        ours = is_run(folder) or not {"samples.json", "ckpt.pt"}.isdisjoint(names)
-        if ours and folder != str(root) or real in seen:
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
         found += [Path(folder, name) for name in names]
-    broken = [file for file in found if not file.is_file()]
-    if broken:
-        raise UserError(f"{broken[0]} is a link that leads nowhere, or no file")
     return sorted(found)
 
 
@@ -443,7 +411,7 @@ def open_images(root):
     with user_errors(Exception, prefix=f"{root} is not readable: "):
         if root.is_dir():
             found = find_files(root)
-            items = [file for file in found if is_image(file.relative_to(root))]
+            items = [file for file in found if is_image(str(file.relative_to(root)))]
             source = Source(items, Image.open, size_and_date(root, items), len(found) - len(items))
         elif root.suffix == ".npz":
             images = np.load(root)["arr_0"]
@@ -463,32 +431,20 @@ def open_images(root):
     return source
 
 
-def upright_8bit(image, channels):
-    """A PIL image as upright 8-bit RGB (3 channels) or grey (1); what is transparent turns white.
-
-    16-bit grey is scaled to 8.  Raises ValueError for floats and 32-bit integers: their range is
-    not known.
-    """
-    deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    if image.mode in ("I", "F") and not deep:
-        raise ValueError(f"its values are {'floats' if image.mode == 'F' else '32-bit integers'}, "
-                         "of a range that is not known: save it with 8 or 16 bits")
-    with contextlib.suppress(Exception):  # With a damaged EXIF block an image is taken as upright.
-        image = ImageOps.exif_transpose(image)
-    if deep:
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB" if channels == 3 else "L")
-
-
 def crop_resize(image, size, channels, box=None):
     """PIL image -> uint8 (channels, size, size): upright, centre square or `box`, resized.
 
     Shrinking averages over the area that a pixel covers (no aliasing); enlarging is bicubic.
+    What is transparent turns white.  Raises ValueError for values of more than 8 bits.
     """
-    image = upright_8bit(image, channels)
+    if image.mode[0] in "IF":
+        raise ValueError(f"its mode is {image.mode}, of a range that is not known: save 8 bits")
+    with contextlib.suppress(Exception):  # With a damaged EXIF block an image is taken as upright.
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     left, top, right, bottom = box or (left, top, left + side, top + side)
@@ -622,21 +578,21 @@ def draw_images(net, diffusion, shape, indices, seed=0, sampler="ddim", steps=10
     noisy: (images (N, C, H, W), std (N,)): instead of drawing, clean those of these indices.
     Raises UserError where an image is not finite.
     """
-    with ticker(title, len(indices)) as tick:
-        for first in range(0, len(indices), batch_size):
-            batch = list(indices[first:first + batch_size])
-            noise = image_noise(seed, batch, shape, device)
-            if noisy:
-                x, std = (part[batch].to(device) for part in noisy)
-                x = clean_images(net, diffusion, x, std, noise, sampler, steps)
-            else:
-                x = sample(net, diffusion, noise, sampler, steps, spacing, stop=stop,
-                           perturb=hook and hook(batch),
-                           progress=lambda i, n: tick(first + len(batch) * i / n))
-            if not x.isfinite().all():
-                raise UserError(f"{title}: an image is not finite; the weights may have exploded")
-            tick(first + len(batch))
-            yield batch, to_uint8(x).cpu().numpy()
+    tick = ticker(title, len(indices))
+    for first in range(0, len(indices), batch_size):
+        batch = list(indices[first:first + batch_size])
+        noise = image_noise(seed, batch, shape, device)
+        if noisy:
+            x, std = (part[batch].to(device) for part in noisy)
+            x = clean_images(net, diffusion, x, std, noise, sampler, steps)
+        else:
+            x = sample(net, diffusion, noise, sampler, steps, spacing, stop=stop,
+                       perturb=hook and hook(batch),
+                       progress=lambda i, n: tick(first + len(batch) * i / (n + 1)))
+        if not x.isfinite().all():
+            raise UserError(f"{title}: an image is not finite; the weights may have exploded")
+        tick(first + len(batch))
+        yield batch, to_uint8(x).cpu().numpy()
 
 
 # ---------- A trained model
@@ -657,14 +613,11 @@ def load_run(path, device="cpu", raw=False):
 
     Raises UserError for a checkpoint that is missing, damaged or foreign.
     """
-    with user_errors(ValueError):
+    with user_errors(KeyError, TypeError, ValueError, prefix=f"{path}: "):
         checkpoint = read_checkpoint(path)
-    config = checkpoint["config"]
-    with user_errors(KeyError, TypeError, ValueError,
-                     prefix=f"{path}: its config is not one of train.py: "):
+        config = checkpoint["config"]
         net = build_network(config)
         diffusion = Diffusion(config["T"], config["schedule"], device)
-    with user_errors(ValueError):
         load_weights(net, checkpoint["model" if raw else "ema"], path)
     digest = hashlib.sha256()
     for p in net.parameters():
@@ -717,7 +670,7 @@ def add_sampling_flags(flag):
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this; "
               "two to three times the std of the data's noise was best where it was tried")
-    flag("--expert", type=a_path,
+    flag("--expert", type=Path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
     flag("--raw", action="store_true", help="raw weights instead of the EMA")
@@ -729,14 +682,14 @@ def parse_args(argv=None):
     """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
     flag = p.add_argument
-    flag("run", type=a_path, help="run folder or checkpoint of train.py, or a diffusers folder")
+    flag("run", type=Path, help="run folder or checkpoint of train.py, or a diffusers folder")
     flag("--num", type=number(int, 1), default=64, help="how many images to draw")
     add_sampling_flags(flag)
-    flag("--denoise", type=a_path, help="instead clean these images: a folder, zip or npz")
+    flag("--denoise", type=Path, help="instead clean these images: a folder, zip or npz")
     flag("--noise_std", type=number(float, 0),
          help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
-    flag("--export", type=a_path, help="instead write a folder that diffusers opens")
-    flag("--out", type=a_path, help="output folder; else RUN/samples, or RUN/denoised")
+    flag("--export", type=Path, help="instead write a folder that diffusers opens")
+    flag("--out", type=Path, help="output folder; else RUN/samples, or RUN/denoised")
     flag("--overwrite", action="store_true", help="replace images of other settings")
     flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
     args = p.parse_args(argv)
@@ -758,19 +711,11 @@ def claim_folder(out, picture, names, provenance, overwrite):
     """
     note = out / "samples.json"
     before = read_json(note)
-    there = [out / name for name in names if (out / name).exists()]
-    there += [path for path in out.glob("[0-9]" * 6 + "*.png")
-              if path.stem.isdigit() and path.name not in names]
-    # What was cleaned before, as far as the note may be believed.
-    there += [out / name for name in before.get("noise_std") or {} if name not in names
-              and (out / name).exists()
-              and Path(os.path.realpath(out / name)).is_relative_to(os.path.realpath(out))]
-    if "sampler" not in before:
-        foreign = [path for path in out.glob("*") if not path.name.startswith(".")]
-        foreign += [picture] if picture.exists() else []
-        if foreign:
-            raise UserError(f"{foreign[0]} is of no images that sample.py has made there: "
-                            "remove it, or take another --out")
+    there = {*names, *filter(is_image, before.get("noise_std", {})),
+             *(path.name for path in out.glob("[0-9]" * 6 + ".png"))}
+    there = [out / name for name in there if (out / name).exists()]
+    if "sampler" not in before and (picture.exists() or any(out.glob("[!.]*"))):
+        raise UserError(f"{out} or {picture} is not of sample.py: take another --out")
     changed = [key for key in {**before, **provenance} if key not in ("num", "run", "expert")
                and before.get(key) != provenance.get(key)] if before else []
     if len(there) > len(names):
@@ -778,24 +723,14 @@ def claim_folder(out, picture, names, provenance, overwrite):
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
                         "use --overwrite or another --out")
-    with user_errors(OSError, prefix=f"--out {out}: "):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out)
-        remove_leftovers(out)
-        for path in [*there, out / "samples.npz", picture] if changed else []:
-            path.unlink(missing_ok=True)
-        write_json(note, provenance)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out)
+    remove_leftovers(out)
+    for path in [*there, out / "samples.npz", picture] if changed else []:
+        path.unlink(missing_ok=True)
+    write_json(note, provenance)
     check_writable(picture)
     return lock
-
-
-def read_back(path, shape):
-    """A PNG as uint8 (H, W, C); one that a crash damaged is removed, for the next start."""
-    try:
-        return np.asarray(Image.open(path)).reshape(shape)
-    except Exception as error:  # A damaged file may raise anything.
-        path.unlink()
-        raise UserError(f"{path} was damaged and is removed: run the same command again") from error
 
 
 def save_npz(path, *arrays, **named):
@@ -810,8 +745,6 @@ def read_noisy(root, shape):
     for k, item in enumerate(source.items):
         name = Path(item if isinstance(item, (str, Path)) else f"{k:06d}")
         name = name.relative_to(root) if root.is_dir() else name
-        if name.is_absolute():  # Nothing is written outside of --out.
-            raise UserError(f"{root}: {item} is no name of a file in it")
         names.append(str(name.with_suffix(".png")))
         with user_errors(Exception, prefix=f"{root}: {source.name(k)} is not readable: "):
             images.append(crop_resize(source.read(item), shape[-1], shape[0]))
@@ -891,7 +824,10 @@ def main(argv=None):
         dist.barrier()
         dist.destroy_process_group()
     if lead:
-        images = np.stack([read_back(out / name, (*shape[1:], shape[0])) for name in names])
+        images = np.empty((len(names), *shape[1:], shape[0]), np.uint8)
+        for k, name in enumerate(names):
+            with user_errors(Exception, prefix=f"{out / name} is damaged, delete it: "):
+                images[k] = np.asarray(Image.open(out / name)).reshape(images.shape[1:])
         write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
         shown = images[:64].transpose(0, 3, 1, 2)
         if args.denoise:  # Pairs, before and after.

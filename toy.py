@@ -37,7 +37,7 @@ from torch import nn
 from losses import (MODES, READINGS, Diffusion, Perturbation, ascend, denoise, forward_units,
                     predict_eps, radius_and_weight, random_omega, stratified_t, trajectory_attack)
 from model import timestep_embedding
-from sample import (BLACK, BLUE, GREY, RED, TOY, Parser, UserError, a_path, check_writable,
+from sample import (BLACK, BLUE, GREY, RED, TOY, Parser, UserError, check_writable,
                     comma_list, draw_chart, draw_layers, number, run_cli, sample, seed_for, ticker,
                     timesteps, to_uint8, write_atomically, write_json)
 from train import CLEAN, NOISY, OUTLIER, choose_corruption, load_images, shapes
@@ -700,7 +700,7 @@ def parse_args(argv=None):
     flag("--seeds", type=number(int, 1), default=1, help="how many seeds")
     flag("--quick", action="store_true", help="less of everything, one corruption")
     flag("--workers", type=number(int, 1), default=torch.get_num_threads(), help="processes")
-    flag("--out", type=a_path, default=Path("out/toy"), help="output folder")
+    flag("--out", type=Path, default=Path("out/toy"), help="output folder")
     args = p.parse_args(argv)
 
     if (args.noise_p is None) != (args.noise_std is None):
@@ -725,12 +725,12 @@ def main(argv=None):
         image_subspace(args.data_dir, args.rank)  # a bad folder is told before the work
     check_writable(args.out / "toy.json")
     rows, pictures = {}, {}
-    with ticker("networks", len(tasks)) as tick:
-        for done, (task, (found, cells)) in enumerate(zip(tasks, measured(tasks, args)), 1):
-            tick(done)
-            rows.setdefault(task.experiment, []).extend(found)
-            if task.seed == args.seed:
-                pictures.setdefault(task.experiment, {}).update(cells)
+    tick = ticker("networks", len(tasks))
+    for done, (task, (found, cells)) in enumerate(zip(tasks, measured(tasks, args)), 1):
+        tick(done)
+        rows.setdefault(task.experiment, []).extend(found)
+        if task.seed == args.seed:
+            pictures.setdefault(task.experiment, {}).update(cells)
     for name, cells in pictures.items():
         print(f"\n{name}; lists are at t = {LEVELS}\n{markdown_table(rows[name])}")
         save_sheet(args.out / f"{name}.png", EXPERIMENTS[name][1], cells)

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sample import Parser, a_path, number, open_images, run_cli  # noqa: E402
+from sample import Parser, number, open_images, run_cli  # noqa: E402
 
 BACKGROUND = 0.15
 
@@ -56,7 +56,7 @@ def best_misfit(image):
 
 def main(argv=None):
     p = Parser(description=__doc__)
-    p.add_argument("samples", type=a_path, nargs="+", help="samples.npz of sample.py")
+    p.add_argument("samples", type=Path, nargs="+", help="samples.npz of sample.py")
     p.add_argument("--num", type=number(int, 1), default=256, help="how many images")
     p.add_argument("--error", type=number(float, 0), default=0.05, help="on the scale 0 to 1")
     args = p.parse_args(argv)

@@ -50,7 +50,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from losses import Diffusion, Objective, Perturbation, forward_units  # noqa: E402
 from model import build_network, diffusers_config, read_checkpoint  # noqa: E402
-from sample import (Parser, UserError, a_path, comma_list, draw_images, load_run,  # noqa: E402
+from sample import (Parser, UserError, comma_list, draw_images, load_run,  # noqa: E402
                     number, run_cli, save_npz, setup_device, to_uint8, write_json)
 
 SMALL = "image_size=32:channels=64:mult=1,2:blocks=1:attention=16:batch_size=32"
@@ -635,12 +635,12 @@ def main(argv=None):
     flag("--only", type=comma_list(str), help="items to run, with commas between; else all")
     flag("--repeats", type=number(int, 2), default=7, help="timings of a row")
     flag("--tiny", action="store_true", help="the tests' sizes, without inductor")
-    flag("--data_dir", type=a_path, help="CIFAR-10's images, a folder or zip")
-    flag("--features", type=a_path, help="what tests/features.py wrote")
+    flag("--data_dir", type=Path, help="CIFAR-10's images, a folder or zip")
+    flag("--features", type=Path, help="what tests/features.py wrote")
     flag("--reserve", type=number(float, 0), default=110,
          help="seconds of cifar10 that are left for drawing and measuring")
-    flag("--out", type=a_path, default=ROOT / "out/gpu", help="folder of the results")
-    flag("--runs", type=a_path, default=ROOT / "out/gpu", help="folder of what is gone on with")
+    flag("--out", type=Path, default=ROOT / "out/gpu", help="folder of the results")
+    flag("--runs", type=Path, default=ROOT / "out/gpu", help="folder of what is gone on with")
     args = p.parse_args(argv)
     args.minutes = args.minutes or VERBS[args.verb][1]
     args.deadline = time.monotonic() + 60 * args.minutes

@@ -225,7 +225,7 @@ def test_inception_files(tmp_path, monkeypatch):
     assert "NOT the published network" in label and torch.equal(net.conv.weight, good.conv.weight)
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     for name, reason in (("other.pth", "Unexpected key"), ("none.pth", "No such file")):
-        with pytest.raises(UserError, match=f"{reason}.*fetch https://.*--inception, or use"):
+        with pytest.raises(UserError, match=f"(?s)--inception FILE.*{reason}"):
             load_features(feature_settings("inception", inception=tmp_path / name), (3, 8, 8), {})
 
     # Without a name: fetched and checked by torch.hub, or one line that says what to do.
@@ -640,14 +640,13 @@ def test_overfit_prints_a_row_a_checkpoint(pictures, in_process, measure, tmp_pa
     ("quality P/mixed --reference P/folder", "mixed/005.png: it is 8x8 RGB, the first"),
     ("quality P/corrupt --reference P/folder", "corrupt/005.png: "),
     ("quality P/wide.npz --reference P/folder", "it is 16x8 RGB"),
-    ("quality P/nowhere --reference P/folder", "nowhere is not readable: No such file"),
+    ("quality P/nowhere --reference P/folder", "nowhere is not readable: "),
     ("quality P/few.npz --reference P/folder", "samples: 9 images, 10 are needed"),
     ("quality P/folder", "--reference is needed"),
     ("quality P/large.npz --reference P/large.npz --features pixels", "12288"),
     ("quality P/folder --reference P/folder --features P/wrong.pt", "(B, d)"),
     ("quality RUN --features P/no.pt", "no.pt"),
     ("quality RUN --json FILE/a.json", "cannot write FILE/a.json"),
-    ("memorization RUN --png out/pairs", "does not end in .png"),
     ("memorization RUN --holdout P/nowhere", "neither a data set nor a file"),
     ("memorization P/folder --reference P/folder --holdout cifar10 --data_dir P/double.npz",
      "has no test split"),
