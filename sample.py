@@ -249,15 +249,11 @@ def check_writable(path):
 
 
 def commit():
-    """The short hash of the code's commit, with a + if tracked code differs; "" without git."""
-    def git(*argv):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *argv], capture_output=True)
-
-    try:
-        found = git("rev-parse", "--short", "HEAD").stdout.decode().strip()
-        return found and found + "+" * git("diff", "--quiet", "HEAD", "--", "*.py").returncode
-    except OSError:  # No git.
-        return ""
+    """The short hash of the code's commit, with a + if tracked files differ; "" without git."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], text=True,
+                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+    return ""
 
 
 def lock_folder(out):
@@ -538,15 +534,12 @@ MAD = 0.6745  # The median of |N(0, 1)|; Donoho's estimate of the noise's std di
 
 
 def noise_estimate(x):
-    """The noise's std in images (B, C, H, W), each its own: (B,), nan below 2x2 pixels.
+    """The noise's std in images (B, C, H, W) of 2x2 pixels or more, each its own: (B,).
 
     Median |finest diagonal Haar coefficient| / .6745 (Donoho & Johnstone 1994), over all channels.
     Texture counts as noise: clean photographs of 32 pixels have .02 to .1 on the [-1, 1] scale.
     """
-    detail = haar(x).flatten(1) / 2
-    if not detail.shape[1]:
-        return detail.new_full((len(x),), math.nan)
-    return detail.quantile(0.5, dim=1) / MAD
+    return haar(x).flatten(1).quantile(0.5, dim=1) / 2 / MAD
 
 
 @torch.no_grad()
