@@ -34,7 +34,7 @@ from torch import nn
 from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps,
                     radius_and_weight, random_omega, trajectory_attack)
 from model import diffusers_file
-from sample import (ATTACK, EOT, FIXED_BATCH, MAD, Parser, UserError, add_sampling_flags,
+from sample import (ATTACK, EOT, FIXED_BATCH, MAD, SAMPLERS, Parser, UserError, add_sampling_flags,
                     check_alike, check_writable, clean_images, comma_list, commit, crop_resize,
                     denoise_step, draw_images, finite, haar, image_noise, load_run, number,
                     open_images, read_json, run_cli, save_grid, save_npz, seed_for, setup_device,
@@ -731,7 +731,8 @@ def overfitting(args, about):
         spoil = load_corruption(len(images), config)
         index = choose_images(images, spoil, config)[0][:args.num]
         x0 = training_images(images, index, spoil)
-        cfg = Perturbation(**{key: config[key] for key in Perturbation.__dataclass_fields__})
+        fields = Perturbation.__dataclass_fields__.keys() & config
+        cfg = Perturbation(**{key: config[key] for key in fields})
         found = overfit(net, diffusion, x0.to(args.device), cfg)
         ratios = {f"at {share:.0%} of t": after / own if own else None
                   for share, (after, own) in found.items()}
@@ -834,8 +835,8 @@ def parse_args(argv=None):
     flag("--surrogate", type=Path, help="second run, to attack through as well (transfer)")
 
     flag = adder("steps")
-    flag("--sampler", type=comma_list(str, "ddpm", "ddim"), default=["ddpm", "ddim"],
-         help="of ddpm, ddim")
+    flag("--sampler", type=comma_list(str, *SAMPLERS), default=SAMPLERS,
+         help=f"of {', '.join(SAMPLERS)}")
     flag("--steps", type=comma_list(whole), default=[1000, 500, 300, 100, 50, 20, 10],
          help="network calls an image")
     flag("--spacing", type=comma_list(str, "respaced", "naive"), default=["respaced"],

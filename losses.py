@@ -125,19 +125,19 @@ class Perturbation:
     ip_gamma: float = 0.1
 
 
-def radius_sigma(s, beta, lam, rho):
+def radius_sigma(s, beta, cfg):
     """Reading `sigma` (default): half-width R = beta (1-a)^(1/rho) in x-space; omega = delta / s.
 
     Returns (r, lam_t) = (R / s, lam sqrt(3) / R), shaped as s.
     """
-    R = beta * s ** (2 / rho)
-    return R / s, lam * math.sqrt(3) / R
+    R = beta * s ** (2 / cfg.rho)
+    return R / s, cfg.lam * math.sqrt(3) / R
 
 
-def radius_epsilon(s, beta, lam, rho):
+def radius_epsilon(s, beta, cfg):
     """Reading `epsilon`: (r, lam_t) = (s^rho + beta, lam sqrt(3) / r), r in eps-space."""
-    r = s**rho + beta
-    return r, lam * math.sqrt(3) / r
+    r = s**cfg.rho + beta
+    return r, cfg.lam * math.sqrt(3) / r
 
 
 # The radius of a reading, and its beta_max.
@@ -152,7 +152,7 @@ def radius_and_weight(s, cfg):
     radius, widest = READINGS[cfg.reading]
     highest = widest if cfg.beta_max is None else cfg.beta_max
     beta = cfg.beta_min + (highest - cfg.beta_min) * torch.rand_like(s)
-    return radius(s, beta, cfg.lam, cfg.rho)
+    return radius(s, beta, cfg)
 
 
 # ---------- The perturbation: which direction

@@ -197,6 +197,7 @@ UNET_KEYS = ("image_size", "in_channels", "channels", "mult", "blocks", "attenti
 def build_network(config):
     """A fresh network from its settings (a dict with UNET_KEYS): the one place that builds one.
 
+    One whose attribute `dropout` is 0 is called once less in a regularised step.
     Raises ValueError where a setting is missing or does not fit.
     """
     missing = [key for key in UNET_KEYS if key not in config]
@@ -374,10 +375,11 @@ def read_diffusers(file):
 def write_diffusers(net, config, folder):
     """Write a folder that diffusers' DDPMPipeline and UNet2DModel (in unet/) open.
 
-    Raises ValueError for a first level that is wider than its input, which they have not.
+    Raises ValueError for what they have not: another network or schedule, or a first level that
+    is wider than its input.
     """
-    if config["mult"][0] != 1:
-        raise ValueError(f"diffusers has no network with --mult {config['mult'][0]} at first")
+    if not isinstance(net, UNet) or config["schedule"] not in BETAS or config["mult"][0] != 1:
+        raise ValueError("diffusers has no such network, schedule or --mult at first")
     files = {
         "model_index.json": {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"],
                              "scheduler": ["diffusers", "DDPMScheduler"]},

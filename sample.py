@@ -251,8 +251,9 @@ def check_writable(path):
 def commit():
     """The short hash of the code's commit, with a + if tracked files differ; "" without git."""
     with contextlib.suppress(OSError):
-        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], text=True,
-                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+        argv = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(argv, cwd=Path(__file__).parent, text=True,
+                              capture_output=True).stdout.strip()
     return ""
 
 
@@ -451,6 +452,8 @@ def crop_resize(image, size, channels, box=None):
 
 # ---------- Samplers
 
+SAMPLERS = ("ddpm", "ddim")
+
 
 def timesteps(T, steps):
     """`steps` of the T time steps, evenly spaced from T-1 down to 0; [T-1] alone for one.
@@ -555,7 +558,7 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
     x = diffusion.sqrt_a[times][first].view(-1, 1, 1, 1) * noisy
     for i, step in enumerate(path):
         # All draw, so that none depends on the others of its batch.
-        drawn, active = noise() if sampler == "ddpm" else None, first <= i
+        drawn, active = noise(), first <= i
         if active.any():
             stepped = denoise_step(net, diffusion, x, *step, sampler, lambda: drawn)
             x = torch.where(active.view(-1, 1, 1, 1), stepped, x)
@@ -656,8 +659,9 @@ def with_expert(run, path, device, raw=False):
 
 def add_sampling_flags(flag):
     """The flags of whatever draws images, by an `add_argument`."""
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: ancestral")
-    flag("--steps", type=number(int, 1), default=100, help="network calls an image")
+    flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral")
+    flag("--steps", type=number(int, 1), default=100,
+         help="network calls an image, fewer with --stop")
     flag("--spacing", choices=["respaced", "naive"], default="respaced",
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,

@@ -41,7 +41,8 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import MODES, READINGS, Diffusion, Objective, Perturbation, stratified_t
+from losses import (MODES, READINGS, Diffusion, Objective, Perturbation, forward_units,
+                    stratified_t)
 from model import UNET_KEYS, build_network, load_weights, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
                     comma_list, crop_resize, draw_chart, draw_images, duration, find_files,
@@ -127,7 +128,7 @@ def published_files(dataset, root, split):
     """The files of a published format below `root`, [] without; UserError: not just one set."""
     names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
     files = find_files(root) if names and root.is_dir() else [root]
-    found = [file for name in names for file in files if f"/{file.as_posix()}".endswith(f"/{name}")]
+    found = [file for name in names for file in files if file.match(name)]
     folders = {str(file.parent) for file in found}
     if len(folders) > 1:
         raise UserError(f"several copies of {dataset}, in {' and '.join(folders)}: name one")
@@ -176,7 +177,8 @@ def find_source(dataset, data_dir=None, split="train"):
     with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
                                        "name its folder or zip with --data_dir: "):
         from torchvision import datasets
-        getattr(datasets, makers[dataset])(root, download=True)
+        # To CelebA this is its split, to the others, which fetch all, `train`: true.
+        getattr(datasets, makers[dataset])(root, split, download=True)
     return open_source(dataset, root, split)
 
 
@@ -433,7 +435,7 @@ def make_parser(dataset="shapes"):
     flag("--attention", type=widths, default="16", help="resolutions with attention; 0 for none")
     flag("--dropout", type=number(float, 0, 0.99), default=0.1, help="probability")
     flag("--T", type=count, default=1000, help="diffusion steps")
-    flag("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule")
+    flag("--schedule", default="linear", help="noise schedule: linear or cosine")
 
     flag = p.add_argument_group("training").add_argument
     flag("--batch_size", type=count, default=128, help="images a step, over all processes")
@@ -501,7 +503,8 @@ def parse_args(argv=None):
     args.out = out
 
     for key in FIXED if saved else ():
-        value, stored = getattr(args, key), saved["config"].get(key)
+        value = getattr(args, key)
+        stored = saved["config"].get(key, value)
         if value != stored:
             raise UserError(f"--{key} {value}: the checkpoint has {stored}")
     if args.dataset == "shapes" and args.data_dir:
@@ -763,7 +766,8 @@ def main(argv=None):
          f"{(seen < middle / 2).float().mean():.1%} below half the median")
     if cfg.filter:
         tell(f"--filter {cfg.filter} takes {(estimates < cfg.filter).sum():,} as clean")
-    tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode}, "
+    tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode} of "
+         f"{forward_units(cfg.mode, perturbation):.3g} forward-units a step, "
          f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
          f"compile {'on' if compiled else 'off'}")
     tell("look at data.png for what it is trained on, "

@@ -166,7 +166,8 @@ def test_pictures_have_the_training_data_and_each_run(calls, fashion, tmp_path):
     drive(fashion, tmp_path, *some, "--rows", "dsm,adv")
     drive(fashion, tmp_path, *some, "--picture", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (190 + 802, 3 * 52)
-    drive(fashion, tmp_path, "answer", "--columns", "noise.2,clean", "--picture", tmp_path / "a.png")
+    drive(fashion, tmp_path, "answer", "--columns", "noise.2,clean", "--picture",
+          tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (190 + 2 * 402 + 8, 20 + 3 * 52)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from losses import (MODES, READINGS, Diffusion, Objective, Perturbation, forward_units, frozen,
+from losses import (MODES, Diffusion, Objective, Perturbation, forward_units, frozen,
                     stratified_t)
 from model import UNet
 
@@ -70,8 +70,8 @@ def minimiser(mode, cfg, v, noisy, t, n=400_000):
 
 @pytest.mark.parametrize("t", [100, 400])
 @pytest.mark.parametrize("mode, reading", [
-    ("dsm", "sigma"), ("ip", "sigma"), ("aware", "sigma"),
-    *[(mode, reading) for mode in ("random", "adv", "invariant") for reading in READINGS]])
+    *[(mode, "sigma") for mode in MODES],
+    *[(mode, "epsilon") for mode in ("random", "adv", "invariant")]])
 def test_linear_gaussian_closed_form(mode, reading, t):
     v, noisy, beta, lam, gamma = 0.5, 0.6, 0.3, 0.4, 0.5
     cfg = Perturbation(reading=reading, lam=lam, beta_min=beta, beta_max=beta, ip_gamma=gamma)
