@@ -46,7 +46,7 @@ from train import (CACHE, PRESETS, choose_images, complete_config, find_source, 
 
 def shape_of(image):
     """(C, H, W) of a PIL image, C 1 for grey or 3."""
-    return 1 if image.mode[0] in "1LI" else 3, image.height, image.width
+    return 1 if image.mode[0] in "1L" else 3, image.height, image.width
 
 
 def size_and_colour(shape):
@@ -237,8 +237,7 @@ def load_features(args, shape, about):
         found = net(x if name == "pixels" else x.expand(-1, 3, -1, -1))
         return found if isinstance(found, tuple) else (found,)
 
-    with user_errors(Exception, prefix=f"--features {name} cannot be had; offline take --inception "
-                                       "FILE or --features random: "):
+    try:
         if name == "inception":
             net, label = load_inception(args.inception)
         elif name == "random":
@@ -258,6 +257,10 @@ def load_features(args, shape, about):
         rows = features(torch.zeros(1, *shape, dtype=torch.uint8, device=device), None)[0]
         if rows.dim() != 2:
             raise ValueError(f"the output is {tuple(rows.shape)}, not (B, d)")
+    except Exception as error:  # Missing, no weights, no network, or what the module raises.
+        reason = str(error).strip().splitlines()[-1]
+        hint = f": fetch {INCEPTION} and name it with --inception, or use --features random"
+        raise UserError(f"--features {name}: {reason}" + hint * (name == "inception")) from error
     about["features"] = label
     return features
 
@@ -480,7 +483,7 @@ def next_denoised(net, diffusion, path, sampler, noises):
         now, prev = t[0].item(), after[t[0].item()]
         output = net(x, t)  # Once for all noises; what it means is for `denoise_step` to say.
         seen = []
-        for noise in noises if sampler == "ddpm" and prev >= 0 else noises[:1]:
+        for noise in noises[:1] if sampler == "ddim" or prev < 0 else noises:
             y = denoise_step(lambda *_: output, diffusion, x, now, prev, sampler, lambda: noise)
             seen.append(y if prev < 0 else denoise(net, diffusion, y, torch.full_like(t, prev)))
         return sum(seen) / len(seen)
@@ -731,8 +734,7 @@ def overfitting(args, about):
         spoil = load_corruption(len(images), config)
         index = choose_images(images, spoil, config)[0][:args.num]
         x0 = training_images(images, index, spoil)
-        fields = Perturbation.__dataclass_fields__.keys() & config
-        cfg = Perturbation(**{key: config[key] for key in fields})
+        cfg = Perturbation.of(config)
         found = overfit(net, diffusion, x0.to(args.device), cfg)
         ratios = {f"at {share:.0%} of t": after / own if own else None
                   for share, (after, own) in found.items()}
@@ -835,7 +837,7 @@ def parse_args(argv=None):
     flag("--surrogate", type=Path, help="second run, to attack through as well (transfer)")
 
     flag = adder("steps")
-    flag("--sampler", type=comma_list(str, *SAMPLERS), default=SAMPLERS,
+    flag("--sampler", type=comma_list(str, *SAMPLERS), default=list(SAMPLERS),
          help=f"of {', '.join(SAMPLERS)}")
     flag("--steps", type=comma_list(whole), default=[1000, 500, 300, 100, 50, 20, 10],
          help="network calls an image")

@@ -124,6 +124,11 @@ class Perturbation:
     reg_share: float = 1.0
     ip_gamma: float = 0.1
 
+    @classmethod
+    def of(cls, settings):
+        """From a dict of settings, which may have others too, or lack some."""
+        return cls(**{key: settings[key] for key in cls.__dataclass_fields__ if key in settings})
+
 
 def radius_sigma(s, beta, cfg):
     """Reading `sigma` (default): half-width R = beta (1-a)^(1/rho) in x-space; omega = delta / s.

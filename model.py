@@ -197,7 +197,7 @@ UNET_KEYS = ("image_size", "in_channels", "channels", "mult", "blocks", "attenti
 def build_network(config):
     """A fresh network from its settings (a dict with UNET_KEYS): the one place that builds one.
 
-    One whose attribute `dropout` is 0 is called once less in a regularised step.
+    A network with `dropout == 0` saves a regularised step one of its calls.
     Raises ValueError where a setting is missing or does not fit.
     """
     missing = [key for key in UNET_KEYS if key not in config]

@@ -25,6 +25,7 @@ import sys
 import time
 import zipfile
 from datetime import timedelta
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -249,11 +250,12 @@ def check_writable(path):
 
 
 def commit():
-    """The short hash of the code's commit, with a + if tracked files differ; "" without git."""
+    """The short hash of the code's commit, with a + if tracked code differs; "" without git."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     with contextlib.suppress(OSError):
-        argv = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(argv, cwd=Path(__file__).parent, text=True,
-                              capture_output=True).stdout.strip()
+        found = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        return found and found + "+" * changed
     return ""
 
 
@@ -370,11 +372,13 @@ class Source(NamedTuple):
         return self.items[i] if isinstance(self.items[i], (str, Path)) else f"image {i}"
 
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+
+
 def is_image(name):
     """By its suffix, unless hidden, the Macintosh's shadow of a file, or outside of its zip."""
-    known = name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm",
-                                   ".tif", ".tiff", ".gif"))
-    return known and not any(part.startswith((".", "/", "__MACOSX")) for part in Path(name).parts)
+    strange = any(part.startswith((".", "/", "__MACOSX")) for part in Path(name).parts)
+    return name.lower().endswith(SUFFIXES) and not strange
 
 
 def find_files(root):
@@ -424,7 +428,7 @@ def open_images(root):
             source = Source(sorted(files), lambda name: Image.open(io.BytesIO(archive.read(name))),
                             files, len(entries) - len(files))
     if not len(source.items):
-        raise UserError(f"no images in {root}")
+        raise UserError(f"no images in {root}: no {', '.join(SUFFIXES)}")
     return source
 
 
@@ -609,11 +613,14 @@ def load_run(path, device="cpu", raw=False):
 
     Raises UserError for a checkpoint that is missing, damaged or foreign.
     """
-    with user_errors(KeyError, TypeError, ValueError, prefix=f"{path}: "):
+    with user_errors(ValueError):
         checkpoint = read_checkpoint(path)
-        config = checkpoint["config"]
+    config = checkpoint["config"]
+    with user_errors(KeyError, TypeError, ValueError,
+                     prefix=f"{path}: its config is not one of train.py: "):
         net = build_network(config)
         diffusion = Diffusion(config["T"], config["schedule"], device)
+    with user_errors(ValueError):
         load_weights(net, checkpoint["model" if raw else "ema"], path)
     digest = hashlib.sha256()
     for p in net.parameters():
@@ -666,7 +673,7 @@ def add_sampling_flags(flag):
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this; "
-              "two to three times the std of the data's noise was best where it was tried")
+              "of plain training two to three times the std of the data's noise was best")
     flag("--expert", type=Path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
@@ -708,7 +715,7 @@ def claim_folder(out, picture, names, provenance, overwrite):
     """
     note = out / "samples.json"
     before = read_json(note)
-    there = {*names, *filter(is_image, before.get("noise_std", {})),
+    there = {*names, *filter(is_image, before.get("noise_std") or {}),
              *(path.name for path in out.glob("[0-9]" * 6 + ".png"))}
     there = [out / name for name in there if (out / name).exists()]
     if "sampler" not in before and (picture.exists() or any(out.glob("[!.]*"))):
@@ -780,6 +787,8 @@ def main(argv=None):
                   "spacing": args.spacing, "stop": args.stop, "seed": args.seed}
     names, noisy = [f"{k:06d}.png" for k in range(args.num)], None
     if args.denoise:
+        if out.resolve().is_relative_to(args.denoise.resolve()):
+            raise UserError(f"--out {out} is in the folder to clean: take another --out")
         names, before = read_noisy(args.denoise, shape)
         x = torch.from_numpy(before).float() / 127.5 - 1
         std = noise_estimate(x)

@@ -233,7 +233,7 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
     remove_leftovers(folder)
     if not cache.exists():
         write_atomically(cache, decode)
-    with user_errors(ValueError, prefix=f"{cache} is damaged, delete it: "):
+    with user_errors(EOFError, ValueError, prefix=f"{cache} is damaged, delete it: "):
         return np.load(cache, mmap_mode="r")
 
 
@@ -355,7 +355,7 @@ def batch_index(step, batch_size, n, seed):
 
 # The defaults of the flags are DDPM's for 64x64 pixels. A text is parsed as if it were given.
 PRESETS = {
-    "shapes": dict(  # Minutes on two CPU cores, and the paper's point: noisy data, clean samples.
+    "shapes": dict(  # Minutes on two CPU cores, and the paper's point: less noise than in the data.
         noise_p=0.9, noise_std=0.2, reg_t=0.1,
         image_size=16, channels=16, mult="1,2,2", blocks=1, attention="8", dropout=0.0,
         batch_size=32, steps=6000, lr=2e-3, warmup=100, cooldown=0.2, ema=0.999,
@@ -392,7 +392,7 @@ def make_parser(dataset="shapes"):
     flag("--data_dir", type=Path, help="folder, zip or npz of the data; else ./data/<dataset>")
     flag("--cache_dir", type=Path, help=f"folder of the decoded images; else {CACHE}")
     flag("--limit", type=natural, default=0, help="train on so many of the decoded images; 0: all")
-    flag("--init_from", type=Path, help="begin with the EMA weights of another run")
+    flag("--init_from", type=Path, help="begin with the EMA weights of another run, or diffusers'")
 
     flag = p.add_argument_group("corruption of the data, frozen per image").add_argument
     flag("--noise_p", type=share, default=0.0, help="share of images with Gaussian noise, 0 to 1")
@@ -417,7 +417,7 @@ def make_parser(dataset="shapes"):
          help="linf: sign steps in the box; l2: along the gradient")
     flag("--ascent_step", type=size, default=own.ascent_step, help="a sign step, in radii")
     flag("--reg_t", type=some, default=own.reg_t,
-         help="regularise only t below this share of T; .1 is recommended, at 3.5 units for 8")
+         help="regularise only t below this share of T; .1 takes 3.5 units of compute instead of 8")
     flag("--reg_share", type=some, default=own.reg_share,
          help="regularise a random share of each batch, which stands for all")
     flag("--t_max", type=some, default=own.t_max,
@@ -427,7 +427,7 @@ def make_parser(dataset="shapes"):
          help="no gradient through the unperturbed branch")
 
     flag = p.add_argument_group("network and diffusion").add_argument
-    flag("--image_size", type=count, default=64, help="pixels a side")
+    flag("--image_size", type=number(int, 2), default=64, help="pixels a side")
     flag("--in_channels", type=int, choices=[1, 3], default=3, help="1 grey, 3 RGB")
     flag("--channels", type=count, default=128, help="width of the first level")
     flag("--mult", type=widths, default="1,2,2,2,4", help="width of each level / channels")
@@ -497,6 +497,8 @@ def parse_args(argv=None):
     if start:
         with user_errors(ValueError):
             saved = read_checkpoint(start)
+        if given.resume and not saved.get("optimizer"):
+            raise UserError(f"{start} holds nothing to resume from: begin with it by --init_from")
         p.set_defaults(**{key: value for key, value in saved["config"].items()
                           if given.resume or key in (*FIXED, "dropout")})
     args = p.parse_args(argv)
@@ -711,8 +713,7 @@ def main(argv=None):
         changed = [f"{key} {stored.get(key)} -> {value}" for key, value in vars(cfg).items()
                    if stored.get(key) != value]
         tell("; ".join([f"resuming at step {start:,}", *changed]))
-    fields = Perturbation.__dataclass_fields__.keys() & vars(cfg)
-    perturbation = Perturbation(**{key: getattr(cfg, key) for key in fields})
+    perturbation = Perturbation.of(vars(cfg))
     objective = Objective(net, diffusion, cfg.mode, perturbation).train()
     compiled = cuda if cfg.compile is None else cfg.compile
     if compiled:
@@ -852,7 +853,7 @@ def main(argv=None):
         if not sound.all():
             good = f"{out}/ckpt.pt, of step {kept}" if kept else "none was saved"
             bad = step - len(recent) + 1 + int(sound.int().argmin())
-            raise UserError(f"the loss or its gradient is not finite at step {bad}; last good "
+            raise UserError(f"the loss or its gradient is not finite at step {bad}; last "
                             f"checkpoint: {good}")
         if logs or first or last:
             spent = (time.perf_counter() - mark) / len(recent)

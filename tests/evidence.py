@@ -11,10 +11,10 @@
 A run is `train.py` with a network of 1.1 M parameters on Fashion-MNIST at 16x16 (60,000 images,
 area-downsampled), or on CIFAR-10, and then a command of `evaluate.py` on the EMA weights. Each
 lives in OUT/<column>/<row>-<seed>, with its log and <command>-<steps>-<num>.json. A driver that was
-stopped goes on where it was. The studies share runs, and one of more steps continues those of
-fewer, but not the other way round: run them in the order of --list. The Frechet distance and KID
-look at the features of a small classifier, OUT/classifier.pt, which is trained first on the clean
-labelled images. They compare with nothing published.
+stopped goes on where it was. The studies share runs, and more --steps continue those of fewer, but
+not the other way round. The Frechet distance and KID look at the features of a small classifier,
+OUT/classifier.pt, which is trained first on the clean labelled images. They compare with nothing
+published.
 """
 
 import gzip
@@ -127,20 +127,20 @@ COMMANDS = {
     "attack": ("--steps 20 --norm l2 --budget 0.1", 250,
                {"attack": "attack", **FEW, "mse": "mse", "norm_max": "largest push"}),
 }
-# study: (command, columns, rows, seeds, training steps)
+# study: (command, columns, rows)
 STUDIES = {
     "answer": ("quality", ["noise.2", "all.2", "cifar10", "blurred", "outliers", "strangers",
                            "clean", "noise.1"],
                ["dsm", "random", "adv", "adv_low", "filter", "aware", "aware_stop", "ip",
                 "dsm_stop", "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4", "expert_stop", "expert",
-                "expert_dsm", "expert_random"], [0], 2000),
+                "expert_dsm", "expert_random"]),
     "forms": ("quality", ["noise.2"],
               ["random_lam1", "adv_low_lam1", "adv_share", "adv_l2_share", "adv_epsilon_share",
-               "invariant_share"], [0], 2000),
-    "attack": ("attack", ["noise.2"], ["dsm", "adv_low"], [0], 2000),
-    "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"], [0], 2000),
-    "copies": ("memorization", ["few"], ["dsm", "adv_share"], [0], 2000),
-    "few_steps": ("steps", ["noise.2"], ["dsm", "adv"], [0], 2000),
+               "invariant_share"]),
+    "attack": ("attack", ["noise.2"], ["dsm", "adv_low"]),
+    "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"]),
+    "copies": ("memorization", ["few"], ["dsm", "adv_share"]),
+    "few_steps": ("steps", ["noise.2"], ["dsm", "adv"]),
 }
 
 LABELS = {name: label for name, (label, _) in (COLUMNS | ROWS).items()}
@@ -154,8 +154,7 @@ def run_of(row):
 def units(row):
     """Forward-units of a training step of the row, in the mean; an expert's come on top."""
     settings = ROWS[run_of(row)][1]
-    own = forward_units(settings["mode"], Perturbation(**{
-        key: settings[key] for key in Perturbation.__dataclass_fields__.keys() & settings}))
+    own = forward_units(settings["mode"], Perturbation.of(settings))
     return units(settings["expert_of"]) + own / 4 if "expert_of" in settings else own
 
 
@@ -579,8 +578,8 @@ def parse_args(argv=None):
     flag("--picture", type=Path, help="PNG to put its images into, run nothing")
     flag("--columns", type=comma_list(str, *COLUMNS), help="only these; else the study's")
     flag("--rows", type=comma_list(str, *ROWS), help="only these; else the study's")
-    flag("--seeds", type=comma_list(number(int, 0)), help="only these; else the study's")
-    flag("--steps", type=number(int, 1), help="training steps; else the study's")
+    flag("--seeds", type=comma_list(number(int, 0)), default=[0], help="of training and drawing")
+    flag("--steps", type=number(int, 1), default=2000, help="of training")
     flag("--num", type=number(int, 10), default=2000,
          help="images to measure; of some commands fewer, see COMMANDS")
     flag("--workers", type=number(int, 1), default=torch.get_num_threads(),
@@ -592,9 +591,8 @@ def parse_args(argv=None):
     flag("--cache_dir", help="folder of the decoded images; else out/cache")
     flag("--out", type=Path, default=Path("out/evidence"), help="folder of the runs")
     args = p.parse_args(argv)
-    args.command, *study = STUDIES[args.study]
-    for name, value in zip(("columns", "rows", "seeds", "steps"), study):
-        setattr(args, name, getattr(args, name) or value)
+    args.command, columns, rows = STUDIES[args.study]
+    args.columns, args.rows = args.columns or columns, args.rows or rows
     return args
 
 
@@ -604,13 +602,13 @@ def main(argv=None):
     warnings.filterwarnings("ignore", ".*torch.jit.script")
     args = parse_args(argv)
     if args.list:
-        for study, (command, columns, rows, seeds, steps) in STUDIES.items():
+        for study, (command, columns, rows) in STUDIES.items():
             runs = {*map(run_of, rows)}
             shared = [ROWS[run][1]["expert_of"] for run in runs if "expert_of" in ROWS[run][1]]
             total = sum(map(units, runs)) - sum(map(units, shared))
-            total *= len(columns) * len(seeds) * steps
-            print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; seeds {seeds}; {steps} steps "
-                  f"of 64; `{command}`; {total:,.0f} forward-units if nothing is there yet")
+            total *= len(columns) * args.steps
+            print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; `{command}`; {total:,.0f} "
+                  "forward-units of 64 images a seed if nothing is there yet")
         return
     if args.render:
         return render()

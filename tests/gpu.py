@@ -78,8 +78,7 @@ def read_row(row, args):
             argv.append(f"--{option}")
     argv.append("--no-compile" if how == "eager" else "--compile")
     settings, _ = train.parse_args(argv)
-    fields = Perturbation.__dataclass_fields__.keys() & vars(settings)
-    settings.perturbation = Perturbation(**{key: getattr(settings, key) for key in fields})
+    settings.perturbation = Perturbation.of(vars(settings))
     settings.argv, settings.how, settings.peer = argv, how, name == PEER
     settings.shape = settings.in_channels, settings.image_size, settings.image_size
     return settings

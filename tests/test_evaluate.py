@@ -225,7 +225,7 @@ def test_inception_files(tmp_path, monkeypatch):
     assert "NOT the published network" in label and torch.equal(net.conv.weight, good.conv.weight)
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     for name, reason in (("other.pth", "Unexpected key"), ("none.pth", "No such file")):
-        with pytest.raises(UserError, match=f"(?s)--inception FILE.*{reason}"):
+        with pytest.raises(UserError, match=f"{reason}.*fetch https://.*--inception, or use"):
             load_features(feature_settings("inception", inception=tmp_path / name), (3, 8, 8), {})
 
     # Without a name: fetched and checked by torch.hub, or one line that says what to do.
@@ -235,7 +235,7 @@ def test_inception_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match="no network"):
+    with pytest.raises(UserError, match="no network: fetch https://.*--inception"):
         load_features(feature_settings("inception", inception=None), (3, 8, 8), {})
     monkeypatch.setattr(evaluate, "INCEPTION", f"file-{label.split()[1].strip(',')}.pth")
     assert "NOT" not in evaluate.load_inception(tmp_path / "good.pth")[1]

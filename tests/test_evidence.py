@@ -226,7 +226,7 @@ def test_labels_are_in_the_order_of_the_images(tmp_path):
 
 
 def test_studies_and_costs():
-    for command, columns, rows, _, _ in evidence.STUDIES.values():
+    for command, columns, rows in evidence.STUDIES.values():
         assert command in evidence.COMMANDS
         assert {*columns} <= evidence.COLUMNS.keys() and {*rows} <= evidence.ROWS.keys()
     assert evidence.units("adv_share") == forward_units("adv", Perturbation(reg_share=0.3))

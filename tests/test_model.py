@@ -174,6 +174,15 @@ def test_the_keys_are_those_of_diffusers_and_the_round_trip_is_exact(theirs):
         assert {key: again["config"][key] for key in CONFIG} == CONFIG
 
 
+def test_what_diffusers_cannot_express_is_not_exported(tmp_path):
+    net = build_network(CONFIG)
+    for other in (torch.nn.Linear(2, 2), CONFIG), (net, {**CONFIG, "schedule": "sigmoid"}), (
+            net, {**CONFIG, "mult": (2, 2)}):
+        with pytest.raises(ValueError, match="diffusers has no such"):
+            write_diffusers(*other, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_bin_files_half_precision_and_the_names_of_2022(theirs, copied):
     tensors = read_safetensors(copied / WEIGHTS)
     (copied / WEIGHTS).unlink()

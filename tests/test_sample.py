@@ -254,7 +254,8 @@ def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mist
     in_process(*clean)
     assert "2 of 2 images are there" in capsys.readouterr().out
     assert "noise_std differ" in mistake(*clean, "--noise_std", 0.2)
-    assert "take another" in mistake(*clean, "--out", photos, "--overwrite")
+    for place in (photos, photos / "clean"):
+        assert "take another" in mistake(*clean, "--out", place, "--overwrite")
     in_process(*clean, "--noise_std", 0.2, "--overwrite")
 
 
@@ -278,7 +279,7 @@ def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake
 
 
 @pytest.mark.parametrize("line, words", [
-    ("no\nwhere" + 2 * f"/{70 * 'x'}", "no checkpoint at no where/x"),
+    ("no\nwhere" + 9 * f"/{99 * 'x'}", "no checkpoint at no where/x"),
     ("RUN --steps 1001", "T = 1000"),
     ("RUN --num 0", "--num"),
     ("RUN --sampler euler", "invalid choice"),

@@ -125,6 +125,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_resume_is_exact(tmp_pat
     assert finish(fork(log, "train", *broken, ranks=2)) == [2, 2]
     for rank in range(2):
         assert "1.png of" in (tmp_path / f"log.{rank}").read_text()
+    assert checkpoint(parts)["step"] == step + 3
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_split(tmp_path):
@@ -307,7 +308,7 @@ def test_resume_bears_a_damaged_log_and_refuses_a_damaged_checkpoint(tmp_path, i
     assert not list(tmp_path.glob(".*.tmp")) and logged(tmp_path) == [1, 2, 3]
 
     whole = checkpoint(tmp_path)
-    for part in ("config", "model"):
+    for part in ("optimizer", "config", "model"):
         torch.save({**whole, part: {}}, tmp_path / "ckpt.pt")
         mistake("train", "--resume", "--steps", 4, "--out", tmp_path)
 
@@ -651,6 +652,7 @@ def places(tmp_path_factory):
     ("--noise_p nan", "'nan' is not a number"),
     ("--noise_std 0", "go together"),
     ("--dropout 1", "at most 0.99"),
+    ("--schedule square", "unknown schedule"),
     ("--beta_max 0.001", "below --beta_min"),
     ("--outlier_dir DIR/fine", "--outlier_p"),
     ("--mode aware", "aware needs --filter"),
