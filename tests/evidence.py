@@ -56,18 +56,18 @@ FASHION = "fashion_mnist"
 # ---------- What is run. A column is a training set, a row is what differs in the training:
 # name: (what a reader is told, flags of train.py)
 COLUMNS = {
-    "clean": ("clean data", {}),
-    "noise.1": ("90 % noisy, std .1", {"noise_p": 0.9, "noise_std": 0.1}),
     "noise.2": ("90 % noisy, std .2", {"noise_p": 0.9, "noise_std": 0.2}),
     "all.2": ("100 % noisy, std .2", {"noise_p": 1, "noise_std": 0.2}),
+    "cifar10": ("CIFAR-10, 90 % noisy, std .2",
+                {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2}),
     "blurred": ("90 % noisy, std .2, correlated",
                 {"noise_p": 0.9, "noise_std": 0.2, "noise_blur": 1}),
     "outliers": ("10 % outliers", {"outlier_p": 0.1}),
     "strangers": ("10 % photographs (CIFAR-10, grey)",
                   {"outlier_p": 0.1, "outlier_dir": "cifar10"}),
+    "clean": ("clean data", {}),
+    "noise.1": ("90 % noisy, std .1", {"noise_p": 0.9, "noise_std": 0.1}),
     "few": ("200 clean images", {"limit": 200}),
-    "cifar10": ("CIFAR-10, 90 % noisy, std .2",
-                {"dataset": "cifar10", "noise_p": 0.9, "noise_std": 0.2}),
 }
 # What a user would set --filter to who knows only the quantiles that the start of a run prints:
 # half the median; among outliers, of which a tenth is far away, a value in the gap. Of all.2 it
