@@ -258,7 +258,7 @@ def load_features(args, shape, about):
         if rows.dim() != 2:
             raise ValueError(f"the output is {tuple(rows.shape)}, not (B, d)")
     except Exception as error:  # Missing, no weights, no network, or what the module raises.
-        reason = str(error).strip().splitlines()[-1]
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()
         hint = f": fetch {INCEPTION} and name it with --inception, or use --features random"
         raise UserError(f"--features {name}: {reason}" + hint * (name == "inception")) from error
     about["features"] = label

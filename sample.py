@@ -562,7 +562,7 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
     x = diffusion.sqrt_a[times][first].view(-1, 1, 1, 1) * noisy
     for i, step in enumerate(path):
         # All draw, so that none depends on the others of its batch.
-        drawn, active = noise(), first <= i
+        drawn, active = noise() if sampler != "ddim" else None, first <= i
         if active.any():
             stepped = denoise_step(net, diffusion, x, *step, sampler, lambda: drawn)
             x = torch.where(active.view(-1, 1, 1, 1), stepped, x)
@@ -716,7 +716,7 @@ def claim_folder(out, picture, names, provenance, overwrite):
     note = out / "samples.json"
     before = read_json(note)
     there = {*names, *filter(is_image, before.get("noise_std") or {}),
-             *(path.name for path in out.glob("[0-9]" * 6 + ".png"))}
+             *(path.name for path in out.glob("*.png") if path.stem.isdigit())}
     there = [out / name for name in there if (out / name).exists()]
     if "sampler" not in before and (picture.exists() or any(out.glob("[!.]*"))):
         raise UserError(f"{out} or {picture} is not of sample.py: take another --out")

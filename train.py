@@ -177,7 +177,7 @@ def find_source(dataset, data_dir=None, split="train"):
     with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
                                        "name its folder or zip with --data_dir: "):
         from torchvision import datasets
-        # To CelebA this is its split, to the others, which fetch all, `train`: true.
+        # CelebA takes the split. The others fetch all, and take it as `train`, which is true then.
         getattr(datasets, makers[dataset])(root, split, download=True)
     return open_source(dataset, root, split)
 
