@@ -23,14 +23,12 @@ class Diffusion:
     """Variance-preserving forward process of T steps; t is an int64 tensor (B,) in 0..T-1.
 
     schedule: "linear", beta from 1e-4 to .02 at T = 1000 (Ho et al. 2020), scaled by 1000 / T;
-    or "cosine" (Nichol & Dhariwal 2021).  Raises ValueError on any other, or T out of 1..10^6.
+    or "cosine" (Nichol & Dhariwal 2021).  Raises ValueError on any other.
     `alpha_bar` and `noise_level`, s / sqrt(a), are float64 on the CPU, (T,): samplers read them;
     `sqrt_a` and `s` are float32.
     """
 
     def __init__(self, T=1000, schedule="linear", device="cpu"):
-        if not 1 <= T <= 10**6:
-            raise ValueError(f"T = {T}: between 1 and 1,000,000 steps")
         if schedule == "linear":
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":
@@ -94,35 +92,25 @@ def denoise(net, diffusion, x_t, t):
 
 @dataclass(frozen=True)
 class Perturbation:
-    """The numbers of the regulariser. What the paper leaves open is an option here.
+    """The numbers of the regulariser. What the paper leaves open is an option here."""
 
-    reading: how the radius follows the schedule, one of `READINGS`.
-    lam: weight (paper: .3; .5 over-smooths).      rho: exponent of the radius (paper: 2).
-    beta_min, beta_max: range of the random beta; beta_max None is the reading's own.
-    ascent_steps: gradient steps of the adversarial omega (paper: 1).
-    ascent_norm: "linf", sign steps inside the box (paper); "l2", omega along the gradient.
-    ascent_step: size of a sign step in units of r. 1.25 is RS-FGSM's (Wong et al. 2020).
-    detach_target: stop the gradient through eps_theta(x_t, t) in the regulariser.
-    reg_t: only t < reg_t T are regularised, at the weight that they have in the batch (ours;
-        paper: 1). Below 1 it needs t as `stratified_t` draws them.
-    reg_share: of these, a random share is, in (0, 1], and stands for all of them (ours; paper: 1).
-    t_max: training sees t < t_max T alone, as a model's expert for the last steps does (ours).
-    ip_gamma: std of DDPM-IP's second noise, in units of the first (their CIFAR-10: .15).
-    """
-
-    reading: str = "sigma"
-    lam: float = 0.3
-    rho: float = 2.0
-    beta_min: float = 8 / 255
-    beta_max: float | None = None
-    ascent_steps: int = 1
-    ascent_norm: str = "linf"
-    ascent_step: float = 1.25
-    detach_target: bool = False
+    reading: str = "sigma"  # how the radius follows the schedule, one of `READINGS`
+    lam: float = 0.3  # weight (paper: .3; .5 over-smooths)
+    rho: float = 2.0  # exponent of the radius (paper: 2)
+    beta_min: float = 8 / 255  # range of the random beta
+    beta_max: float | None = None  # None: the reading's own
+    ascent_steps: int = 1  # gradient steps of the adversarial omega (paper: 1)
+    ascent_norm: str = "linf"  # sign steps inside the box (paper); "l2": omega along the gradient
+    ascent_step: float = 1.25  # size of a sign step in units of r, RS-FGSM's (Wong et al. 2020)
+    detach_target: bool = False  # stop the gradient through eps_theta(x_t, t) in the regulariser
+    # Only t < reg_t T are regularised, at the weight that they have in the batch (ours; paper: 1).
+    # Below 1 it needs t as `stratified_t` draws them.
     reg_t: float = 1.0
-    t_max: float = 1.0
+    # Of these, a random share is, in (0, 1], and stands for all of them (ours; paper: 1).
     reg_share: float = 1.0
-    ip_gamma: float = 0.1
+    # Training sees t < t_max T alone, as a model's expert for the last steps does (ours).
+    t_max: float = 1.0
+    ip_gamma: float = 0.1  # std of DDPM-IP's second noise, in units of the first (theirs: .15)
 
     @classmethod
     def of(cls, settings):

@@ -7,7 +7,7 @@
 
 plane     a square on an oblique plane in 3-D: who leaves the plane, who shrinks the square?
 mixture   five unequal Gaussians in 2-D: mass where no mode is, and the modes' shares
-subspace  images projected on their first principal components, as flat vectors
+subspace  drawn shapes projected on their first principal components, as flat vectors
 memorize  few training points (of the first corruption): copies, and the error on fresh points
 attack    perturbed sampling trajectories, beside random perturbations of the same norm
 why       which directions the perturbation picks, and what the penalty then removes
@@ -21,7 +21,7 @@ a list of rows, and <experiment>.png, which shows the first seed.
 import math
 import signal
 import textwrap
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +40,7 @@ from model import timestep_embedding
 from sample import (BLACK, BLUE, GREY, RED, TOY, Parser, UserError, check_writable,
                     comma_list, draw_chart, draw_layers, number, run_cli, sample, seed_for, ticker,
                     timesteps, to_uint8, write_atomically, write_json)
-from train import CLEAN, NOISY, OUTLIER, choose_corruption, load_images, shapes
+from train import CLEAN, NOISY, OUTLIER, choose_corruption, shapes
 
 DIFFUSION = Diffusion()
 # The time steps of the figures that are lists: s = .08, .20, .46 and .90
@@ -66,7 +66,7 @@ VARIANTS = {
 # (share of noisy points, standard deviation of their noise, share of outliers); the first is clean
 CORRUPTIONS = [(0.0, 0.0, 0.0), (0.9, 0.1, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)]
 STEPS = {"plane": 2000, "mixture": 1000, "subspace": 1000}  # of training
-HELD_OUT = 500  # images of the subspace that no network is trained on
+RANK, HELD_OUT = 16, 500  # of the subspace: its dimension; images that no network is trained on
 FEW = (8, 32, 128)  # training points of `memorize`
 
 # No two uses of randomness share a stream; all modes share all of these
@@ -184,21 +184,17 @@ def mixture(seed):
 TRUTHS = {"plane": plane, "mixture": mixture}
 
 
-@lru_cache(maxsize=1)
-def image_subspace(data_dir, rank):
-    """Images on their first `rank` principal components: (x (N, D), figures of samples (n, D)).
+@cache
+def image_subspace():
+    """Grey 16x16 shapes, flat, on their first RANK principal components.
 
-    data_dir: of your own images, or None for the embedded shapes; made grey, 16x16 and flat.
+    Returns (x (N, 256), figures of samples (n, 256)):
     outside_share: energy of samples outside the subspace, over all of it, about the data's mean.
     variance_ratio: variance of samples within the subspace over that of x.
-    Raises UserError if there are no images, or too few.
     """
-    pixels = load_images("folder", 16, 1, data_dir) if data_dir else shapes(6000, 16, 1, 0)
-    if len(pixels) < 2 * HELD_OUT:
-        raise UserError(f"--data_dir {data_dir}: {len(pixels)} images, {2 * HELD_OUT} are needed")
-    x = torch.from_numpy(np.array(pixels)).float().flatten(1) / 127.5 - 1
+    x = torch.from_numpy(shapes(6000, 16, 1, 0)).float().flatten(1) / 127.5 - 1
     mean = x.mean(0)
-    basis = torch.linalg.svd(x[:4000] - mean, full_matrices=False).Vh[:rank].T
+    basis = torch.linalg.svd(x[:4000] - mean, full_matrices=False).Vh[:RANK].T
     x = mean + (x - mean) @ basis @ basis.T
     variance = ((x - mean) @ basis).var(0).sum()
 
@@ -224,13 +220,13 @@ class Task(NamedTuple):
     n: int = 10_000
 
 
-def training_points(task, args):
+def training_points(task):
     """The task's training set, a function of the task alone: x (n, d), kinds uint8 (n,) of train's.
 
     NOISY points have Gaussian noise; an OUTLIER is uniform in [-2, 2], an image's in [-1, 1].
     """
     if task.data == "subspace":
-        x0, reach = image_subspace(args.data_dir, args.rank)[0][:-HELD_OUT], 1
+        x0, reach = image_subspace()[0][:-HELD_OUT], 1
     else:
         x0 = TRUTHS[task.data](task.seed).draw(task.n, generator_for(POINTS, task.seed))
         reach = 2
@@ -279,7 +275,7 @@ def train(task, args):
     if task.mode == "exact":
         return TRUTHS[task.data](task.seed).exact_eps
     objective, steps = VARIANTS[task.mode][0], args.steps or STEPS[task.data]
-    x0, kinds = training_points(task, args)
+    x0, kinds = training_points(task)
     noise = task.corruption[1] * (kinds == NOISY)
     if task.mode == "filter":
         x0 = x0[kinds == CLEAN]
@@ -438,7 +434,7 @@ def known_density(net, task, args):
 
 def subspace(net, task, args):
     """Images of a linear subspace, flat: do the samples stay in it, and keep its variance?"""
-    data, figures = image_subspace(args.data_dir, args.rank)
+    data, figures = image_subspace()
     held_out = data[-HELD_OUT:]
     x = generate(net, (args.samples // 4, data.shape[1]), args.sample_steps, task.seed)
     row = {**figures(x), "psnr": [], "samples": len(x)}
@@ -446,13 +442,13 @@ def subspace(net, task, args):
         D = denoise(net, DIFFUSION, *diffuse_to(level, held_out, task.seed))
         row["psnr"].append(10 * math.log10(4 / (D - held_out).square().mean().item()))
     title = f"trained on\n{corruption_name(task.corruption)}"
-    return [row], {(title, "training data"): (draw_images(training_points(task, args)[0]), ""),
+    return [row], {(title, "training data"): (draw_images(training_points(task)[0]), ""),
                    title: (draw_images(x), caption_of(row, "outside_share", "variance_ratio"))}
 
 
 def memorize(net, task, args):
     """Few training points: copies among the samples, and the denoising error on fresh points."""
-    truth, (seen, _) = mixture(task.seed), training_points(task, args)
+    truth, (seen, _) = mixture(task.seed), training_points(task)
     x = generate(net, (args.samples, 2), args.sample_steps, task.seed)
     fresh = truth.draw(args.samples, generator_for(FRESH, task.seed))
     error, least = (np.array(against_truth(f, truth, task.seed)["reconstruction_rms"])
@@ -557,7 +553,7 @@ def why(dsm_net, task, args):
     """
     noise_p, noise_std, _ = task.corruption
     variance = torch.tensor([1 / 3, 0.0]) + max(noise_p * noise_std**2, 1e-4)
-    seen = training_points(task, args)[0][:1000]
+    seen = training_points(task)[0][:1000]
     states = [diffuse_to(level, seen, task.seed) for level in LEVELS]
     s, across = DIFFUSION.s[list(LEVELS)], torch.tensor([[[0, -1.4], [0, 1.4]]])
     rows, cells = [], {}
@@ -693,8 +689,6 @@ def parse_args(argv=None):
     flag("--noise_std", type=number(float, 0), help="standard deviation of their noise")
     flag("--outlier_p", type=number(float, 0, 1), help="share of outliers")
     flag("--reading", choices=READINGS, default="sigma", help="of the radius, see losses")
-    flag("--data_dir", help="subspace: your own images instead of the shapes")
-    flag("--rank", type=number(int, 1, 64), default=16, help="subspace: its dimension")
     flag("--steps", type=number(int, 1), help="of training; else 2000 or 1000, see STEPS")
     flag("--seed", type=number(int, 0, 10**6), default=0, help="the first seed")
     flag("--seeds", type=number(int, 1), default=1, help="how many seeds")
@@ -721,8 +715,6 @@ def main(argv=None):
     args = parse_args(argv)
     print(f"output {args.out}", flush=True)
     tasks = plan(args)
-    if args.experiment in ("subspace", "all"):
-        image_subspace(args.data_dir, args.rank)  # a bad folder is told before the work
     check_writable(args.out / "toy.json")
     rows, pictures = {}, {}
     tick = ticker("networks", len(tasks))

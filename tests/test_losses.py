@@ -120,8 +120,6 @@ def test_schedules_and_conversions():
         torch.testing.assert_close(d.eps_from_x0(x_t, t, x0), eps, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="schedule"):
         Diffusion(10, "sqrt")
-    with pytest.raises(ValueError, match="T = 0"):
-        Diffusion(0)
 
 
 def test_radius_and_weight():

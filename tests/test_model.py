@@ -42,8 +42,6 @@ def test_output_has_the_input_shape_and_every_weight_a_gradient(size, channels):
     assert y.shape == x.shape and y.dtype == torch.float32
     y.square().sum().backward()
     assert all(p.grad is not None for p in net.parameters())
-    with pytest.raises(ValueError, match="not a multiple of 4"):
-        net(torch.zeros(1, channels, size, size + 1), torch.zeros(1, dtype=torch.long))
 
 
 def test_a_fresh_network_predicts_almost_nothing_and_its_blocks_are_the_identity():
@@ -79,8 +77,6 @@ def test_time_embedding():
     (dict(attention=(12,)), "resolutions are 32,16,8,4"),
     (dict(in_channels=2), "grey"),
     (dict(channels=3), "even number"),
-    (dict(mult=()), "at least one level"),
-    (dict(mult="wide"), "not those of a network"),
 ])
 def test_impossible_networks(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -202,8 +198,6 @@ def test_bin_files_half_precision_and_the_names_of_2022(theirs, copied):
     (UNET, {"layers_per_block": 2}, "Missing key"),
     (UNET, {"block_out_channels": "many"}, "no UNet2DModel that fits"),
     (SCHEDULER, {"prediction_type": "v_prediction"}, "v_prediction"),
-    (SCHEDULER, {"num_train_timesteps": 10**12, "beta_start": 0.1 / 10**12,
-                 "beta_end": 20 / 10**12}, "steps"),
 ])
 def test_what_our_network_cannot_express_is_named(copied, name, changes, words):
     (copied / name).write_text(json.dumps(json.loads((copied / name).read_text()) | changes))

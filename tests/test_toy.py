@@ -13,8 +13,7 @@ from scipy.stats import multivariate_normal
 
 import toy
 
-ARGS = SimpleNamespace(samples=600, sample_steps=20, shown=None, steps=80, reading="sigma",
-                       data_dir=None, rank=16)
+ARGS = SimpleNamespace(samples=600, sample_steps=20, shown=None, steps=80, reading="sigma")
 CLEAN, NOISY, OUTLIERS = (0.0, 0.0, 0.0), (0.9, 0.2, 0.0), (0.0, 0.0, 0.1)
 
 
@@ -106,7 +105,7 @@ def test_mixture_figures_of_one_mode_and_of_the_truth():
 
 
 def test_subspace_of_the_images_and_figures_of_a_known_leak():
-    x, figures = toy.image_subspace(None, 16)
+    x, figures = toy.image_subspace()
     pixels = torch.from_numpy(toy.shapes(6000, 16, 1, 0)).float().flatten(1) / 127.5 - 1
     most = torch.linalg.eigvalsh(pixels[:4000].T.cov())[-16:].sum().item()
     assert x[:4000].var(0).sum() == pytest.approx(most, rel=1e-3)
@@ -135,12 +134,12 @@ def test_against_truth_of_the_exact_network_and_of_zero():
 @pytest.mark.parametrize("corruption, share, std", [(NOISY, 0.9, 0.2),
                                                     (OUTLIERS, 0.1, (4 / 3 + 2 / 9) ** 0.5)])
 def test_corruption_is_frozen_and_of_the_stated_size(corruption, share, std):
-    clean, _ = toy.training_points(task("plane", "plane", n=20_000), ARGS)
-    x, kinds = toy.training_points(task("plane", "plane", corruption, n=20_000), ARGS)
+    clean, _ = toy.training_points(task("plane", "plane", n=20_000))
+    x, kinds = toy.training_points(task("plane", "plane", corruption, n=20_000))
     hit = (x != clean).any(1)
     assert torch.equal(hit, kinds > 0) and hit.double().mean() == pytest.approx(share, abs=1e-4)
     assert (x - clean)[hit].std().item() == pytest.approx(std, rel=0.03)
-    again, _ = toy.training_points(task("plane", "plane", corruption, "adv", n=20_000), ARGS)
+    again, _ = toy.training_points(task("plane", "plane", corruption, "adv", n=20_000))
     assert torch.equal(x, again)
 
 
@@ -261,11 +260,8 @@ def test_plan_trains_each_network_once_and_a_mode_without_a_weight_for_none():
     ("plane --modes adv,best", "best"),
     ("plane --lam 0.3,-1", "-1"),
     ("plane --noise_p 0.9", "noise_std"),
-    ("subspace --data_dir no/such/folder", "no/such/folder"),
-    ("subspace --data_dir DIR", "1 images, 1000 are needed"),
     ("plane --out FILE", "FILE"),
 ])
-def test_mistakes_end_in_one_line_before_the_work(line, word, tmp_path, mistake, monkeypatch):
-    Image.new("L", (16, 16)).save(tmp_path / "one.png")
+def test_mistakes_end_in_one_line_before_the_work(line, word, mistake, monkeypatch):
     monkeypatch.setattr(toy, "measured", None)
-    assert word in mistake("toy", *line.replace("DIR", str(tmp_path)).split(" "))
+    assert word in mistake("toy", *line.split(" "))
