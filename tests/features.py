@@ -29,62 +29,45 @@ STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)
           (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)]
 
 
-def convolution(x, layer, norm):
+def convolution(c_in, c_out, kernel=1, stride=1, groups=1, activation=nn.ReLU6):
     """TensorFlow's: "SAME" padding, of an odd number the larger half last; then batch norm."""
-    half = layer.kernel_size[0] // 2
-    first = half if layer.stride[0] == 1 else half - 1  # Every strided map here is even.
-    return F.batch_norm(layer(F.pad(x, (first, half, first, half))), norm.running_mean,
-                        norm.running_var, norm.weight, norm.bias, eps=1e-3)
+    half = kernel // 2
+    first = half if stride == 1 else half - 1  # Every strided map here is even.
+    return nn.Sequential(nn.ZeroPad2d((first, half, first, half)),
+                         nn.Conv2d(c_in, c_out, kernel, stride, groups=groups, bias=False),
+                         nn.BatchNorm2d(c_out, eps=1e-3), activation())
 
 
-class Block(nn.Module):
-    """Inverted bottleneck: expand by 1x1, filter each channel, project; layers named as the file's.
-    """
+class Block(nn.Sequential):
+    """Inverted bottleneck: expand by 1x1, filter each channel, project."""
 
     def __init__(self, c_in, c_out, kernel, stride, expansion):
-        super().__init__()
         wide = c_in * expansion
-        if expansion > 1:
-            self._expand_conv = nn.Conv2d(c_in, wide, 1, bias=False)
-            self._bn0 = nn.BatchNorm2d(wide)
-        self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
-        self._bn1 = nn.BatchNorm2d(wide)
-        self._project_conv = nn.Conv2d(wide, c_out, 1, bias=False)
-        self._bn2 = nn.BatchNorm2d(c_out)
+        expand = [convolution(c_in, wide)] if expansion > 1 else []
+        super().__init__(*expand, convolution(wide, wide, kernel, stride, groups=wide),
+                         convolution(wide, c_out, activation=nn.Identity))
 
     def forward(self, x):
-        h = x
-        if hasattr(self, "_expand_conv"):
-            h = F.relu6(convolution(h, self._expand_conv, self._bn0))
-        h = F.relu6(convolution(h, self._depthwise_conv, self._bn1))
-        h = convolution(h, self._project_conv, self._bn2)
+        h = super().forward(x)
         return x + h if x.shape == h.shape else h
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(nn.Sequential):
     """uint8 images (B, C, H, W), C 1 or 3 -> pooled features (B, 1280)."""
 
     def __init__(self):
-        super().__init__()
-        self._conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
-        self._bn0 = nn.BatchNorm2d(32)
-        self._blocks = nn.ModuleList()
-        width = 32
+        layers, width = [convolution(3, 32, 3, 2)], 32
         for repeats, kernel, stride, expansion, channels in STAGES:
             for i in range(repeats):
-                self._blocks.append(Block(width, channels, kernel, 1 if i else stride, expansion))
+                layers.append(Block(width, channels, kernel, 1 if i else stride, expansion))
                 width = channels
-        self._conv_head = nn.Conv2d(width, 1280, 1, bias=False)
-        self._bn1 = nn.BatchNorm2d(1280)
+        super().__init__(*layers, convolution(width, 1280))
 
     def forward(self, images):
         x = images.float().expand(-1, 3, -1, -1)
         x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
         x = (x - 127) / 128  # As the weights were trained.
-        x = F.relu6(convolution(x, self._conv_stem, self._bn0))
-        for block in self._blocks:
-            x = block(x)
-        return F.relu6(convolution(x, self._conv_head, self._bn1)).mean(dim=(2, 3))
+        return super().forward(x).mean(dim=(2, 3))
 
 
 def main(argv=None):
@@ -102,7 +85,8 @@ def main(argv=None):
     net = EfficientNetLite0().eval().requires_grad_(False)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        net.load_state_dict({key: x for key, x in state.items() if not key.startswith("_fc.")})
+        layers = [x for key, x in state.items() if not key.startswith("_fc.")]
+        net.load_state_dict(dict(zip(net.state_dict(), layers, strict=True)))  # In its order.
     except Exception as error:  # A damaged file may raise anything.
         raise UserError(f"{file}: not the weights of EfficientNet-lite0") from error
     with warnings.catch_warnings():
