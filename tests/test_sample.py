@@ -10,8 +10,8 @@ from PIL import Image
 from conftest import finish, fork
 from losses import Diffusion
 from sample import (UserError, clean_images, denoise_step, draw_images, image_noise, load_run,
-                    noise_estimate, read_json, sample, save_grid, seed_for, step_pairs, timesteps,
-                    to_uint8, with_expert)
+                    noise_estimate, read_json, sample, save_grid, step_pairs, timesteps, to_uint8,
+                    with_expert)
 from train import load_images
 
 MEAN, VAR = 0.3, 0.25
@@ -126,16 +126,6 @@ def test_the_noise_estimate_is_unbiased_on_noise_and_zero_on_flat_images():
     assert noise_estimate(torch.ones(2, 1, 9, 9)).tolist() == [0, 0]
 
 
-def test_noise_is_a_function_of_seed_and_index():
-    whole = image_noise(3, range(6), (1, 2, 2), "cpu")
-    part = image_noise(3, [4, 2], (1, 2, 2), "cpu")
-    other = image_noise(4, [4, 2], (1, 2, 2), "cpu")
-    for _ in range(3):
-        a, b, c = whole(), part(), other()
-        assert torch.equal(a[[4, 2]], b) and not torch.equal(b, c)
-    assert seed_for(1, 2) != seed_for(2, 1) and 0 <= seed_for(3) < 2**63
-
-
 def test_pictures(tmp_path):
     x = torch.tensor([-2.0, -1, -0.5, 0, 1, 3])
     assert to_uint8(x).tolist() == [0, 0, 64, 128, 255, 255]
@@ -162,7 +152,7 @@ def test_images_do_not_depend_on_batch_or_world_size(run, tmp_path, in_process, 
     assert a.shape == (7, 16, 16, 3) and a.dtype == np.uint8 and len(np.unique(a)) > 50
     # The arithmetic may round otherwise in another batch, by one level of 255.
     assert max(abs(a.astype(int) - b).max(), abs(a.astype(int) - c).max()) <= 1
-    assert (a != d).mean() > 0.2 and (a != e).any()
+    assert (a != d).mean() > 0.2 and (a[1:] != d[:-1]).mean() > 0.2 and (a != e).any()
     assert np.array_equal(a[3], np.array(Image.open(tmp_path / "a" / "000003.png")))
     note = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert [note[key] for key in ("weights", "sampler", "steps", "num", "step")] == [
