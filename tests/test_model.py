@@ -52,18 +52,6 @@ def test_a_fresh_network_predicts_almost_nothing_and_its_blocks_are_the_identity
     torch.testing.assert_close(resnet(h, emb), h, rtol=0, atol=1e-3)
 
 
-def test_the_time_step_matters_and_a_sample_does_not_see_its_neighbours():
-    torch.manual_seed(0)
-    net = UNet(8, 3, 8, (1, 2), 1, (4,), 0.0).eval()
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    x = torch.randn(3, 3, 8, 8)
-    together = net(x, torch.tensor([1, 500, 900]))
-    alone = net(x[1:2], torch.tensor([500]))
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(alone, net(x[1:2], torch.tensor([501])), atol=1e-4)
-
-
 def test_the_weights_that_readme_begins_with_fit_and_compute_what_they_did():
     """Their names are diffusers'."""
     net = load_run(ROOT / "assets/fashion-adv.pt").net
