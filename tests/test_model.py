@@ -79,8 +79,6 @@ def test_a_run_is_rebuilt_from_its_checkpoint_alone(run):
     assert shape == (3, 16, 16) and diffusion.T == 1000 and not net.training
     assert not any(p.requires_grad for p in net.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), raw.parameters()))
-    assert not any(name.startswith(("module.", "_orig_mod.")) for name in raw.state_dict())
-    assert net(torch.zeros(1, 3, 16, 16), torch.tensor([3])).shape == (1, 3, 16, 16)
 
 
 def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch):
