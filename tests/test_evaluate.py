@@ -104,11 +104,6 @@ def test_neighbours_are_exact_and_in_order(monkeypatch, block):
     truth = distances(y, y).fill_diagonal_(torch.inf).sort(1).values[:, :3]
     torch.testing.assert_close(distance, truth, rtol=1e-9, atol=0)
     assert distance[12, 0] == 0 and (index[12, 0], index[20, 0]) == (20, 12)
-    # Prepared: the angle.
-    unit = nn.functional.normalize
-    distance, _ = nearest(x, y, 1, CPU, "", unit)
-    truth = (unit(x.double()) @ unit(y.double()).T).amax(1)
-    torch.testing.assert_close(1 - distance[:, 0] ** 2 / 2, truth, rtol=1e-9, atol=0)
 
 
 def test_precision_and_recall_by_the_definition(monkeypatch):
