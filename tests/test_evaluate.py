@@ -124,23 +124,14 @@ def test_precision_and_recall_by_the_definition(monkeypatch):
 
 def test_plain_figures_by_their_formulas():
     images = np.random.default_rng(0).integers(0, 200, (503, 3, 9, 7), dtype=np.uint8)
+    images[:300] //= 5
     x = images / 127.5 - 1
     e = x[..., :8, :6]  # Without the edge of an odd size.
     detail = abs(e[..., ::2, ::2] - e[..., ::2, 1::2] - e[..., 1::2, ::2] + e[..., 1::2, 1::2]) / 2
     own = np.median(detail, (1, 2, 3)) / 0.6745
-    level = float(np.median(own)) + 1e-9
-    assert evaluate.plain_figures(images, level) == pytest.approx({
+    assert evaluate.plain_figures(images) == pytest.approx({
         "residual_noise": np.median(detail) / 0.6745, "pixel_std": x.std(),
-        "brightness_std": x.mean((1, 2, 3)).std(), "noise_images": (own > level).mean()}, rel=1e-12)
-    # White noise: its own std.
-    noise = 127.5 + 127.5 * np.random.default_rng(1).normal(0, 0.2, (50, 3, 32, 32))
-    noise = noise.round().clip(0, 255).astype(np.uint8)
-    assert evaluate.plain_figures(noise)["residual_noise"] == pytest.approx(0.2, rel=0.02)
-    # A few images of noise among flat ones: a share, which the one median does not see.
-    flat = np.full((6, 1, 8, 8), 128, np.uint8)
-    flat[4:] = np.random.default_rng(2).integers(0, 256, (2, 1, 8, 8))
-    found = evaluate.plain_figures(flat)
-    assert found["noise_images"] == 2 / 6 and found["residual_noise"] == 0
+        "brightness_std": x.mean((1, 2, 3)).std(), "noise_images": (own > 0.3).mean()}, rel=1e-12)
 
 
 # ---------- The feature network
