@@ -212,7 +212,6 @@ def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
                "--keep", 2, "--sample_every", 3, "--T", 3, "--out", tmp_path)
     shown = capsys.readouterr().out
     assert shown.startswith(f"output {tmp_path}\n") and "9,000 with noise of std 0.2" in shown
-    assert "s/step" in shown and "ETA" in shown and "data" in shown
     share = float(shown.split("% below half the median")[0].split()[-1])
     assert 9 < share < 11  # The clean tenth.
     names = {path.name for path in tmp_path.iterdir()}
@@ -226,10 +225,6 @@ def test_reports_checkpoints_and_pictures(tmp_path, in_process, capsys):
     assert logged(tmp_path) == [2, 4, 5, 6]
     assert logged(tmp_path, "loss") == pytest.approx(
         np.add(logged(tmp_path, "dsm"), logged(tmp_path, "reg")), rel=1e-4)
-    for name in ("grad_norm", "equivariance", "omega", "img_s", "s_step", "data_wait"):
-        assert len(logged(tmp_path, name)) == 4
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["lam"] == 0.3 and config["reading"] == "sigma" and config["channels"] == 8
     curves = np.asarray(Image.open(tmp_path / "curves.png")).astype(int)
     for left in (0, 320, 640):  # In each panel a curve, of a colour.
         assert (np.ptp(curves[30:280, left + 20:left + 250], axis=-1) > 100).any()
