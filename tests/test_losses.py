@@ -168,16 +168,8 @@ def test_random_start_is_needed(norm):
         assert torch.equal(losses.ascend(view, start, x, s, t, r, view(x, t), cfg), start)
 
 
-@pytest.fixture
-def lone_group():
-    """A process group of one, for DistributedDataParallel."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("how", ["plain", "compiled", "DDP"])
-def test_inner_step_computes_no_weight_gradient(monkeypatch, how, lone_group):
+def test_inner_step_computes_no_weight_gradient(monkeypatch, how, request):
     net, d = Points(), Diffusion()
     weights = list(net.parameters())
     objective = Objective(net, d, "adv", Perturbation(ascent_steps=2))
@@ -185,6 +177,8 @@ def test_inner_step_computes_no_weight_gradient(monkeypatch, how, lone_group):
         # the same tracing as the default backend, without a C++ compiler
         net.compile(backend="aot_eager")
     if how == "DDP":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        request.addfinalizer(dist.destroy_process_group)
         objective = DistributedDataParallel(objective)
     seen = []
     grad = torch.autograd.grad
