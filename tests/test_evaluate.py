@@ -292,11 +292,6 @@ def measure(in_process, tmp_path_factory):
     return run_command
 
 
-KEYS = ["fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "residual_noise",
-        "pixel_std", "brightness_std", "noise_images", "residual_noise_reference",
-        "pixel_std_reference", "brightness_std_reference", "noise_images_reference"]
-
-
 def test_quality_of_folder_zip_and_npz(pictures, measure, tmp_path):
     """And the note of sample.py goes with its images, in a folder or samples.npz, not others."""
     shutil.copytree(pictures / "folder", tmp_path, dirs_exist_ok=True)
@@ -310,7 +305,7 @@ def test_quality_of_folder_zip_and_npz(pictures, measure, tmp_path):
         (tmp_path / "samples.json").write_text(text)
         found = measure("quality", path, *argv, "--batch_size", 7)
         about = found.pop("provenance")
-        assert list(found) == KEYS and about["num"] == about["reference_num"] == 20
+        assert about["num"] == about["reference_num"] == 20
         assert about["samples"] == str(path) and about["steps"] == steps and about["seed"] is None
         assert "small.pt" in about["features"] and "NOT comparable" in about["features"]
         assert found["precision"] == found["recall"] == 1 and found["is_mean"] is None
@@ -337,7 +332,8 @@ def test_quality_of_a_run_and_its_cached_reference(run, pictures, measure, monke
     drawn = sample(model.net, model.diffusion, image_noise(0, range(12), model.shape, CPU), steps=2)
     fake = to_uint8(drawn).flatten(1)
     real = torch.from_numpy(load_images("shapes", 16, 3)[:20]).flatten(1)
-    assert first["kid_mean"] == pytest.approx(evaluate.kid(fake, real)[0], rel=1e-3)
+    assert (first["kid_mean"], first["kid_std"]) == pytest.approx(
+        evaluate.kid(fake, real), rel=1e-3)
     assert first["fid"] == pytest.approx(
         evaluate.frechet(*moments(fake), *moments(real)), rel=1e-3)
     assert "N = 12 for 768 features: rank-deficient" in about["warning"]
@@ -437,7 +433,7 @@ def test_attack(run, pictures, measure, tmp_path, monkeypatch):
         rows = found["rows"]
         known = ["none", "random", "white box", "transfer"]
         assert [row["attack"] for row in rows] == known[:names]
-        assert set(KEYS) < set(rows[0]) and rows[0]["mse"] == rows[0]["norm_max"] == 0
+        assert rows[0]["fid"] > 0 and rows[0]["mse"] == rows[0]["norm_max"] == 0
         for row, images in zip(rows[1:], drawn[1:]):
             assert (row["norm_min"], row["norm_max"]) == pytest.approx((0.3, 0.3), rel=1e-3)
             truth = np.mean((images / 127.5 - drawn[0] / 127.5) ** 2)
