@@ -15,9 +15,6 @@ from losses import Diffusion
 from model import UNet, build_network, read_checkpoint, read_safetensors, write_diffusers
 from sample import UserError, load_run
 
-CIFAR10 = dict(image_size=32, in_channels=3, channels=128, mult=(1, 2, 2, 2), blocks=2,
-               attention=(16,), dropout=0.1)
-
 
 @pytest.mark.parametrize("dataset, settings, parameters", [
     ("cifar10", {}, 35_746_307),
@@ -69,7 +66,7 @@ def test_the_weights_that_readme_begins_with_fit_and_compute_what_they_did():
 ])
 def test_impossible_networks(settings, words):
     with pytest.raises(ValueError, match=words):
-        build_network(CIFAR10 | settings)
+        build_network(train.complete_config({"dataset": "cifar10", **settings}))
 
 
 def test_a_run_is_rebuilt_from_its_checkpoint_alone(run):
