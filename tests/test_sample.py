@@ -10,7 +10,7 @@ from PIL import Image
 from conftest import finish, fork
 from losses import Diffusion
 from sample import (UserError, clean_images, denoise_step, draw_images, image_noise, load_run,
-                    noise_estimate, read_json, sample, save_grid, step_pairs, timesteps, to_uint8,
+                    noise_estimate, read_json, sample, step_pairs, timesteps, to_uint8,
                     with_expert)
 from train import load_images
 
@@ -126,14 +126,9 @@ def test_the_noise_estimate_is_unbiased_on_noise_and_zero_on_flat_images():
     assert noise_estimate(torch.ones(2, 1, 9, 9)).tolist() == [0, 0]
 
 
-def test_pictures(tmp_path):
+def test_pixels_are_rounded_and_clamped():
     x = torch.tensor([-2.0, -1, -0.5, 0, 1, 3])
     assert to_uint8(x).tolist() == [0, 0, 64, 128, 255, 255]
-    grey = np.arange(12 * 64, dtype=np.uint8).reshape(12, 1, 8, 8)
-    save_grid(grey, tmp_path / "grid.png", columns=4)
-    picture = np.array(Image.open(tmp_path / "grid.png"))
-    assert picture.shape == (3 * 50 + 2, 4 * 50 + 2)
-    assert (picture[2:8, 2:8] == grey[0, 0, 0, 0]).all()
 
 
 def images(folder):
