@@ -10,8 +10,7 @@ from PIL import Image
 from conftest import finish, fork
 from losses import Diffusion
 from sample import (UserError, clean_images, denoise_step, draw_images, image_noise, load_run,
-                    noise_estimate, read_json, sample, step_pairs, timesteps, to_uint8,
-                    with_expert)
+                    noise_estimate, sample, step_pairs, timesteps, to_uint8, with_expert)
 from train import load_images
 
 MEAN, VAR = 0.3, 0.25
@@ -182,7 +181,7 @@ def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys
     assert "5 images there" in mistake(*draw, 4, "--steps", 3)
 
 
-@pytest.mark.parametrize("theirs", ["out/samples.npz", "out.png"])
+@pytest.mark.parametrize("theirs", ["out/samples.json", "out/samples.npz", "out.png"])
 def test_files_of_others_are_not_replaced(theirs, run, tmp_path, mistake):
     (tmp_path / "out").mkdir()
     (tmp_path / theirs).write_bytes(b"mine")
@@ -244,12 +243,6 @@ def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake
 ])
 def test_a_mistake_ends_in_one_line(line, words, run, mistake):
     assert words in mistake("sample", *line.replace("RUN", str(run)).split(" "))
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"sampler"', "[" * 100_000])
-def test_json_that_is_no_dict_reads_as_nothing(tmp_path, text):
-    (tmp_path / "a.json").write_text(text)
-    assert read_json(tmp_path / "a.json") == {}
 
 
 def test_what_is_not_finite_is_no_picture():
