@@ -382,14 +382,14 @@ def kid(fake, real, subsets=100, size=1000):
     return float(np.mean(values)), float(np.std(values))
 
 
-def plain_figures(images, level=0.3):
+def plain_figures(images):
     """What is said of uint8 images (N, C, H, W) without a network, on the [-1, 1] scale: a dict.
 
     residual_noise: the noise's std by Donoho's estimate, median |Haar detail| / 0.6745, one median
         over all images; nan below 2x2 pixels.
     pixel_std: over all values.  brightness_std: over the images, of their means.
-    noise_images: share of images that are mostly noise, their own estimate above `level`. The
-        median over all images does not notice a few of them.
+    noise_images: share of images that are mostly noise, their own estimate above .3. The median
+        over all images does not notice a few of them.
     """
     detail = np.stack([haar(image.astype(np.int16)) for image in images])
     means = np.array([image.mean() for image in images])
@@ -398,7 +398,7 @@ def plain_figures(images, level=0.3):
     noise, own = (np.median(detail, axis) / 255 / MAD for axis in (None, (1, 2, 3)))
     return {"residual_noise": float(noise), "pixel_std": float(variance**0.5 / 127.5),
             "brightness_std": float(means.std() / 127.5),
-            "noise_images": float((own > level).mean())}
+            "noise_images": float((own > 0.3).mean())}
 
 
 def measure_set(images, features, args, about, title, keep=False):

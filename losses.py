@@ -106,11 +106,11 @@ class Perturbation:
     # Only t < reg_t T are regularised, at the weight that they have in the batch (ours; paper: 1).
     # Below 1 it needs t as `stratified_t` draws them.
     reg_t: float = 1.0
-    # Of these, a random share is, in (0, 1], and stands for all of them (ours; paper: 1).
+    # Of these a random share, in (0, 1], is regularised and stands for all (ours; paper: 1).
     reg_share: float = 1.0
     # Training sees t < t_max T alone, as a model's expert for the last steps does (ours).
     t_max: float = 1.0
-    ip_gamma: float = 0.1  # std of DDPM-IP's second noise, in units of the first (theirs: .15)
+    ip_gamma: float = 0.1  # std of DDPM-IP's second noise over the first's (their CIFAR-10: .15)
 
     @classmethod
     def of(cls, settings):

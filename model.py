@@ -1,6 +1,7 @@
 """The DDPM U-Net (Ho et al. 2020), and its weights: train.py's checkpoints, diffusers' folders.
 
-Whatever does not fit raises ValueError; the scripts turn it into a line for the user.
+What does not fit raises ValueError, a setting that is missing KeyError; the scripts turn them into
+a line for the user.
 """
 
 import json
@@ -109,6 +110,8 @@ class UNet(nn.Module):
 
     def __init__(self, image_size, in_channels, channels, mult, blocks, attention, dropout=0.0):
         super().__init__()
+        if not mult:
+            raise ValueError("mult is empty: a network has at least one level")
         sizes = [image_size // 2**i for i in range(len(mult))]
         factor = 2 ** (len(mult) - 1)
         if image_size % factor:
@@ -221,7 +224,8 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is not a checkpoint of train.py: damaged, foreign, or with "
                          "code in it (not run)") from error
     wanted = ("model", "ema", "optimizer", "scaler", "step", "config")
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {*wanted}:
+    if not (isinstance(checkpoint, dict) and checkpoint.keys() >= {*wanted}
+            and isinstance(checkpoint["config"], dict)):
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(wanted)}")
     return checkpoint
 
@@ -328,13 +332,15 @@ def read_diffusers(file):
     """The weights of diffusers' UNet2DModel in a file, in `read_checkpoint`'s form, at step 0.
 
     A .safetensors or .bin with config.json beside it; T and the schedule are those of a
-    scheduler_config.json that lies there or in ../scheduler, else DDPM's.
+    scheduler_config.json that lies there, in scheduler/ or in ../scheduler/, else DDPM's.
     Raises ValueError, naming what it is, where this is not the network that `UNet` builds.
     """
     folder = file.parent
     try:
-        beside = folder.parent / "scheduler/scheduler_config.json", folder / "scheduler_config.json"
-        scheduler = next((json.loads(path.read_text()) for path in beside if path.is_file()), {})
+        places = folder.parent / "scheduler", folder / "scheduler", folder
+        found = [path for path in (place / "scheduler_config.json" for place in places)
+                 if path.is_file()]
+        scheduler = json.loads(found[0].read_text()) if found else {}
         config = parse_diffusers(json.loads((folder / "config.json").read_text()), scheduler)
         net = build_network(config)
         tensors = read_safetensors(file) if file.suffix == ".safetensors" else torch.load(

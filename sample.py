@@ -616,7 +616,7 @@ def load_run(path, device="cpu", raw=False):
     with user_errors(ValueError):
         checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
-    with user_errors(KeyError, TypeError, ValueError,
+    with user_errors(KeyError, TypeError, ValueError, RuntimeError,
                      prefix=f"{path}: its config is not one of train.py: "):
         net = build_network(config)
         diffusion = Diffusion(config["T"], config["schedule"], device)

@@ -434,7 +434,7 @@ def make_parser(dataset="shapes"):
     flag("--blocks", type=count, default=2, help="residual blocks a level")
     flag("--attention", type=widths, default="16", help="resolutions with attention; 0 for none")
     flag("--dropout", type=number(float, 0, 0.99), default=0.1, help="probability")
-    flag("--T", type=count, default=1000, help="diffusion steps")
+    flag("--T", type=number(int, 1, 10**6), default=1000, help="diffusion steps")
     flag("--schedule", default="linear", help="noise schedule: linear or cosine")
 
     flag = p.add_argument_group("training").add_argument
@@ -688,7 +688,7 @@ def main(argv=None):
     # --- network: the same initial weights on every rank
 
     torch.manual_seed(seed_for(INIT, cfg.seed))
-    with user_errors(ValueError):
+    with user_errors(ValueError, TypeError):
         net = build_network(vars(cfg)).to(device, memory_format=torch.channels_last)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         diffusion = Diffusion(cfg.T, cfg.schedule, device)

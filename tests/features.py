@@ -30,7 +30,7 @@ STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)
 
 
 def convolution(c_in, c_out, kernel=1, stride=1, groups=1, activation=nn.ReLU6):
-    """TensorFlow's: "SAME" padding, of an odd number the larger half last; then batch norm."""
+    """TensorFlow's: "SAME" padding, of an odd number the larger half last; norm and activation."""
     half = kernel // 2
     first = half if stride == 1 else half - 1  # Every strided map here is even.
     return nn.Sequential(nn.ZeroPad2d((first, half, first, half)),

@@ -49,7 +49,7 @@ def small_unet():
 
 
 def slope(k, mode, cfg, v, noisy, t, n=400_000):
-    """Of MODES[mode] in k, on N(0, v), of which a share `noisy` has noise of std .2."""
+    """The slope in k of MODES[mode]'s loss on N(0, v); a share `noisy` has noise of std .2."""
     g = torch.Generator().manual_seed(0)
     noise = 0.2 * (torch.rand(n, generator=g, dtype=torch.float64) < noisy)
     clean, extra, eps = torch.randn(3, n, 1, generator=g, dtype=torch.float64)

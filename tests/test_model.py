@@ -62,6 +62,7 @@ def test_the_weights_that_readme_begins_with_fit_and_compute_what_they_did():
     (dict(image_size=4, mult=(1, 1, 1, 1)), "not a multiple of 8"),
     (dict(attention=(12,)), "resolutions are 32,16,8,4"),
     (dict(in_channels=2), "grey"),
+    (dict(mult=()), "at least one level"),
     (dict(channels=3), "even number"),
 ])
 def test_impossible_networks(settings, words):
@@ -132,7 +133,6 @@ def equal(state, other):
 
 def test_the_round_trip_through_diffusers_is_exact(theirs):
     path, state = theirs
-    assert read_safetensors(path / WEIGHTS).keys() == state.keys()
     for place in (path, path / "unet", path / WEIGHTS):
         again = read_checkpoint(place)
         assert equal(state, again["ema"]) and again["step"] == 0

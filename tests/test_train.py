@@ -257,7 +257,7 @@ def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, i
     assert (tmp_path / "ckpt.pt").read_bytes() == good
 
 
-def test_a_branch_from_an_older_checkpoint_drops_what_lay_beyond_and_what_is_damaged(
+def test_resume_drops_what_lay_beyond_and_bears_a_damaged_log_but_no_damaged_checkpoint(
         tmp_path, in_process, mistake):
     in_process("train", *SMALL, "--steps", 5, "--save_every", 1, "--keep", 5, "--out", tmp_path)
     shutil.copy(tmp_path / "ckpt_0000002.pt", tmp_path / "ckpt.pt")
