@@ -74,18 +74,13 @@ COLUMNS = {
 # leaves one image: only the row aware goes there.
 FILTER = {"clean": 0.008, "noise.1": 0.064, "noise.2": 0.11, "all.2": 0.11, "blurred": 0.036,
           "outliers": 0.2, "strangers": 0.011, "few": 0.008, "cifar10": 0.11}
-LOW, SHARE = {"mode": "adv", "reg_t": 0.1}, {"mode": "adv", "reg_share": 0.3}
 # `stop` is a flag of evaluate.py's: the row's run is that of `of`.
 ROWS = {
     "dsm": ("dsm (plain)", {"mode": "dsm"}),
     "random": ("random", {"mode": "random"}),
-    "random_lam1": ("random --lam 1", {"mode": "random", "lam": 1}),
     "adv": ("adv (the paper's)", {"mode": "adv"}),
-    "adv_low": ("adv --reg_t 0.1", LOW),
-    "adv_low_lam1": ("adv --reg_t 0.1 --lam 1", {**LOW, "lam": 1}),
-    "adv_share": ("adv --reg_share 0.3", SHARE),
-    "adv_l2_share": ("adv --reg_share 0.3, l2", {**SHARE, "ascent_norm": "l2"}),
-    "adv_epsilon_share": ("adv --reg_share 0.3, epsilon", {**SHARE, "reading": "epsilon"}),
+    "adv_low": ("adv --reg_t 0.1", {"mode": "adv", "reg_t": 0.1}),
+    "adv_share": ("adv --reg_share 0.3", {"mode": "adv", "reg_share": 0.3}),
     "invariant_share": ("invariant --reg_share 0.3", {"mode": "invariant", "reg_share": 0.3}),
     "filter": ("dsm --filter, half the median", {"mode": "dsm", "filter": "own"}),
     "aware": ("aware", {"mode": "aware", "filter": "own"}),
@@ -103,8 +98,6 @@ ROWS = {
     # What of the expert's gain is the second network's, and what the smaller objective would do.
     "expert_dsm": ("dsm + dsm expert",
                    {"mode": "dsm", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
-    "expert_random": ("dsm + random expert",
-                      {"mode": "random", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
 # Of few images KID is taken, since the Frechet distance depends on their number.
@@ -133,10 +126,7 @@ STUDIES = {
                            "clean", "noise.1"],
                ["dsm", "random", "adv", "adv_low", "filter", "aware", "aware_stop", "ip",
                 "dsm_stop", "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4", "expert_stop", "expert",
-                "expert_dsm", "expert_random"]),
-    "forms": ("quality", ["noise.2"],
-              ["random_lam1", "adv_low_lam1", "adv_share", "adv_l2_share", "adv_epsilon_share",
-               "invariant_share"]),
+                "expert_dsm"]),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"]),
     "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"]),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"]),
@@ -379,8 +369,7 @@ def run_all(args):
 
 # ---------- Results: a list of records {study, heading, title, command, columns, rows}, some with
 # a picture. A row is {column: figure}; a figure is a number, a text or [mean, std]. What a row was
-# made by lies in its "provenance"; one without it was typed back from a README, and its JSON is
-# lost.
+# made by lies in its "provenance".
 
 ABOUT = ("commit", "num", "sampler", "steps", "spacing", "stop", "expert_sha256", "seed", "weights",
          "weights_sha256", "features", "reference", "reference_num", "kid_subset", "norm", "budget",
@@ -389,8 +378,7 @@ OF_CLEAN = ("commit", "features", "reference", "reference_num")  # What clean im
 INTRO = """# Every figure that was measured
 
 Rendered from results.json by `python tests/evidence.py --render`: edit that file, not this one.
-"made at" is the commit of the code that measured. A row of figures without one was typed back from
-the README of commit cfc9b3f: its JSON is lost, and it goes when it is run again.
+"made at" is the commit of the code that measured.
 """
 
 

@@ -138,13 +138,13 @@ def test_other_training_sets_and_commands(calls, fashion, tmp_path):
     assert figures["strangers"] == 1 and 0.4 < figures["strangers_reference"] < 0.6
 
 
-def test_record_replaces_what_was_typed_back(calls, fashion, tmp_path, capsys):
-    typed = {"trained on": "noise.2", "row": "dsm", "training steps": 2000, "seed": 0, "FD": 9.0}
-    other = {**typed, "seed": 1, "FD": 7.25}
+def test_record_replaces_the_rows_of_the_same_runs(calls, fashion, tmp_path, capsys):
+    old = {"trained on": "noise.2", "row": "dsm", "training steps": 2000, "seed": 0, "FD": 9.0}
+    other = {**old, "seed": 1, "FD": 7.25}
     columns = ["row", "seed", "noise left", "FD"]
     evidence.RESULTS.write_text(evidence.dump([{
         "study": "answer", "heading": "H", "title": "T.", "command": "c", "columns": columns,
-        "rows": [other, typed]}]))
+        "rows": [other, old]}]))
     drive(fashion, tmp_path, "answer", "--rows", "dsm,adv", "--columns", "noise.2", "--record")
     clean, dsm, kept, adv = json.loads(evidence.RESULTS.read_text())[0]["rows"]
     assert clean["row"] == "clean images" and clean["pixel std"] == 0.67
