@@ -183,6 +183,8 @@ def test_the_committed_results_are_rendered_and_complete():
             assert (evidence.RESULTS.parent / record["picture"]).exists()
         for row in record["rows"]:
             assert row.keys() <= {*record["columns"], "provenance"}
+            about = row.get("provenance", {})
+            assert about.get("commit") or about.get("source") or record["study"] == "words"
 
 
 @pytest.mark.parametrize("value, text", [

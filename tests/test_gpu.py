@@ -186,6 +186,7 @@ def test_cifar10(verb, tmp_path):
 # ---------- features.py
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_features_are_the_networks(tmp_path):
     torch.manual_seed(0)
     net = features.EfficientNetLite0().eval().requires_grad_(False)
