@@ -688,7 +688,7 @@ def main(argv=None):
     # --- network: the same initial weights on every rank
 
     torch.manual_seed(seed_for(INIT, cfg.seed))
-    with user_errors(ValueError, TypeError):
+    with user_errors(ValueError):
         net = build_network(vars(cfg)).to(device, memory_format=torch.channels_last)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         diffusion = Diffusion(cfg.T, cfg.schedule, device)
