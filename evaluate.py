@@ -685,6 +685,7 @@ def denoising(args, about):
     """Held-out images plus Gaussian noise, denoised from the time step of nearest s / sqrt(a).
 
     One-shot: D(x_t). Ancestral: all DDPM steps from t down. All three are clipped to [-1, 1].
+    Both are `sample.py --denoise --noise_std S`, with --sampler ddpm --steps t + 1 the second.
     psnr: dB, peak 2, the mean over images; gain: over the input, their median; residual:
     `residual_noise`, std on the [-1, 1] scale.
     """
@@ -700,11 +701,11 @@ def denoising(args, about):
         def denoised(batch, index):
             noisy = batch.float() / 127.5 - 1
             noisy += std * image_noise(args.seed, index, shape, args.device, ATTACK)()
-            x = diffusion.sqrt_a[t] * noisy
-            once = denoise(net, diffusion, x, torch.full((len(x),), t, device=x.device))
-            x = clean_images(net, diffusion, noisy, torch.full((len(x),), std, device=x.device),
-                             image_noise(args.seed, index, shape, args.device), "ddpm", diffusion.T)
-            return [image.clamp(-1, 1) for image in (noisy, once, x)]
+            own, noise = torch.full((len(noisy),), std), image_noise(args.seed, index, shape,
+                                                                     args.device)
+            once = clean_images(net, diffusion, noisy, own, noise)
+            x = clean_images(net, diffusion, noisy, own, noise, "ddpm", t + 1)
+            return [noisy.clamp(-1, 1), once, x]
 
         row = {"t": t, "noise_std": std, "clean residual": clean_noise}
         found = extract(images, denoised, args, f"noise {std}")

@@ -478,29 +478,34 @@ def step_pairs(diffusion, steps, spacing="respaced", stop=0.0):
 
 
 def denoise_step(net, diffusion, x, t, prev, sampler, noise, clip=True):
-    """One step x_t -> x_prev; t > prev are ints, prev = -1 the clean image.
+    """One step x_t -> x_prev (B, ...); t >= prev are ints, or int64 (B,); prev = -1: clean images.
 
     ddpm: a draw from the posterior q(x_prev | x_t, x0), its variance the smaller of Ho et al.'s
     two. ddim: the deterministic step of Song et al. 2021, sqrt(a') x0 + sqrt(1 - a') eps.
     clip: clamp the denoised estimate to [-1, 1] first, so that mean and eps both see it.
     noise: a function that returns standard normals of x's shape.
     """
-    a = diffusion.alpha_bar[t].item()
-    a_prev = diffusion.alpha_bar[prev].item() if prev >= 0 else 1.0
-    batch_t = torch.full((len(x),), t, device=x.device)
-    x0 = denoise(net, diffusion, x, batch_t)
+    t, prev = (torch.as_tensor(time).expand(len(x)) for time in (t, prev))
+    a = diffusion.alpha_bar[t]
+    a_prev = torch.where(prev < 0, 1.0, diffusion.alpha_bar[prev])
+    t = t.to(x.device)
+    x0 = denoise(net, diffusion, x, t)
     if clip:
         x0 = x0.clamp(-1, 1)
 
+    def scale(factor, y):
+        return factor.to(y).view(-1, *[1] * (y.dim() - 1)) * y
+
     if sampler == "ddim":
-        eps = diffusion.eps_from_x0(x, batch_t, x0)
-        return a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * eps
+        eps = diffusion.eps_from_x0(x, t, x0)
+        return scale(a_prev.sqrt(), x0) + scale((1 - a_prev).sqrt(), eps)
 
     alpha = a / a_prev
-    mean = (a_prev**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - a_prev) * x) / (1 - a)
-    if prev < 0:
+    mean = (scale(a_prev.sqrt() * (1 - alpha) / (1 - a), x0)
+            + scale(alpha.sqrt() * (1 - a_prev) / (1 - a), x))
+    if (prev < 0).all():
         return mean
-    return mean + ((1 - alpha) * (1 - a_prev) / (1 - a)) ** 0.5 * noise()
+    return mean + scale(((1 - alpha) * (1 - a_prev) / (1 - a)).sqrt(), noise())
 
 
 @torch.no_grad()
@@ -550,22 +555,17 @@ def noise_estimate(x):
 
 
 @torch.no_grad()
-def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=100):
-    """Denoise images (B, C, H, W) with noise of std (B,), each from its own time on; x0, (B, ...).
+def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=1):
+    """Denoise images (B, C, H, W) with noise of std (B,), in `steps` network calls; (B, C, H, W).
 
-    An image begins as x_t = sqrt(a) noisy at the one of `steps` times whose noise s / sqrt(a) is
-    nearest to its own, and goes down from there as `sample` does. noise: as of `sample`.
+    An image begins as x_t = sqrt(a) noisy at the time whose noise s / sqrt(a) is nearest to its
+    own, and goes down from there as `sample` does. One step returns D(x_t). noise: as of `sample`.
     """
-    path = step_pairs(diffusion, steps)
-    times = torch.tensor([t for t, _ in path])
-    first = (diffusion.noise_level[times].to(std) - std[:, None]).abs().argmin(1)
-    x = diffusion.sqrt_a[times][first].view(-1, 1, 1, 1) * noisy
-    for i, step in enumerate(path):
-        # All draw, so that none depends on the others of its batch.
-        drawn, active = noise() if sampler != "ddim" else None, first <= i
-        if active.any():
-            stepped = denoise_step(net, diffusion, x, *step, sampler, lambda: drawn)
-            x = torch.where(active.view(-1, 1, 1, 1), stepped, x)
+    own = (diffusion.noise_level - std.cpu()[:, None]).abs().argmin(1)
+    times = (own * torch.linspace(1, 0, steps)[:, None]).round().long()  # (steps, B)
+    x = diffusion.diffuse(noisy, own.to(noisy.device), torch.zeros_like(noisy))
+    for t, prev in zip(times, [*times[1:], -1]):
+        x = denoise_step(net, diffusion, x, t, prev, sampler, noise)
     return x
 
 
@@ -654,8 +654,11 @@ def with_expert(run, path, device, raw=False):
         raise UserError(f"--expert {path}: it was not fine-tuned by train.py --t_max")
     end = share * run.diffusion.T
 
-    def net(x, t):  # A batch that is drawn has one time step.
-        return (expert.net if t[0] < end else run.net)(x, t)
+    def net(x, t):
+        late = t < end
+        if late.all() or not late.any():
+            return (expert.net if late[0] else run.net)(x, t)
+        return torch.where(late.view(-1, 1, 1, 1), expert.net(x, t), run.net(x, t))
 
     return run._replace(net=net, origin={**run.origin, "expert": str(path),
                                          "expert_sha256": expert.origin["weights_sha256"]})
@@ -689,14 +692,17 @@ def parse_args(argv=None):
     flag("run", type=Path, help="run folder or checkpoint of train.py, or a diffusers folder")
     flag("--num", type=number(int, 1), default=64, help="how many images to draw")
     add_sampling_flags(flag)
-    flag("--denoise", type=Path, help="instead clean these images: a folder, zip or npz")
+    flag("--denoise", type=Path,
+         help="instead clean these images, a folder, zip or npz; --steps is then 1, else 100")
     flag("--noise_std", type=number(float, 0),
          help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
     flag("--export", type=Path, help="instead write a folder that diffusers opens")
     flag("--out", type=Path, help="output folder; else RUN/samples, or RUN/denoised")
     flag("--overwrite", action="store_true", help="replace images of other settings")
     flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
+    p.set_defaults(steps=None)
     args = p.parse_args(argv)
+    args.steps = args.steps or (1 if args.denoise else 100)
     if args.noise_std is not None and not args.denoise:
         raise UserError("--noise_std is the noise of the images to --denoise")
     if args.export and args.expert:

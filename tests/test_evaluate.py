@@ -554,10 +554,8 @@ def test_denoise_of_a_linear_denoiser_by_hand(run, measure, monkeypatch):
         t = (((1 - a) / a).sqrt() - std).abs().argmin().item()
         noisy = clean + std * image_noise(0, range(12), shape, CPU, ATTACK)()
         x, noise = a[t].sqrt().float() * noisy, image_noise(0, range(12), shape, CPU)
-        for now in range(999, -1, -1):
-            drawn = noise()
-            if now <= t:
-                x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", lambda: drawn)
+        for now in range(t, -1, -1):
+            x = denoise_step(net, diffusion, x, now, now - 1, "ddpm", noise)
         ends = {"input": noisy, "one-shot": noisy / 2, "ancestral": x}
         for name, end in ends.items():
             end = end.clamp(-1, 1)

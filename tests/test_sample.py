@@ -1,5 +1,6 @@
 """Samplers against ideal denoisers; images that depend on their seed alone; cleaning a folder."""
 
+import itertools
 import json
 
 import numpy as np
@@ -102,20 +103,21 @@ def test_truncated_sampling_ends_with_the_denoised_estimate(sampler):
 
 def test_an_ideal_denoiser_cleans_each_image_from_its_own_noise_on():
     """Data that are one constant image: D(x) is that image, whatever the noise."""
-    diffusion, clean, started = Diffusion(), torch.full((1, 1, 8, 8), 0.3), []
+    diffusion, clean, called = Diffusion(), torch.full((1, 1, 8, 8), 0.3), []
 
     def net(x, t):
-        started.append(t)
+        called.append(t)
         return diffusion.eps_from_x0(x, t, clean.expand_as(x))
 
     std = torch.tensor([0.1, 0.2, 0.8])
     noisy = clean + std.view(-1, 1, 1, 1) * torch.randn(3, 1, 8, 8)
-    for sampler in ("ddim", "ddpm"):
+    for sampler, steps in itertools.product(("ddim", "ddpm"), (1, 20)):
+        called.clear()
         out = clean_images(net, diffusion, noisy, std, image_noise(0, range(3), (1, 8, 8), "cpu"),
-                           sampler, 1000)
-        assert (out - clean).abs().max() < 1e-3
-    level = diffusion.s[started[0][0]] / diffusion.sqrt_a[started[0][0]]
-    assert abs(level - 0.8) < 0.01 and started[-1][0] == 0
+                           sampler, steps)
+        assert (out - clean).abs().max() < 1e-3 and len(called) == steps
+        level = diffusion.s[called[0]] / diffusion.sqrt_a[called[0]]
+        assert (level - std).abs().max() < 0.01 and (steps == 1 or not called[-1].any())
 
 
 def test_the_noise_estimate_is_unbiased_on_noise_and_zero_on_flat_images():
@@ -223,9 +225,11 @@ def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake
             assert "its T is 500" in mistake("sample", run, "--expert", file)
     plain, expert = load_run(run), load_run(file)
     both, x = with_expert(plain, file, "cpu"), torch.randn(2, 3, 16, 16)
-    for t, net in ((99, expert.net), (100, plain.net)):
-        t = torch.full((2,), t)
-        assert torch.equal(both.net(x, t), net(x, t))
+    late, early = torch.tensor([99, 99]), torch.tensor([100, 100])
+    assert torch.equal(both.net(x, late), expert.net(x, late))
+    assert torch.equal(both.net(x, early), plain.net(x, early))
+    mixed = both.net(x, torch.tensor([99, 100]))
+    assert torch.equal(mixed, torch.stack([expert.net(x, late)[0], plain.net(x, early)[1]]))
     in_process("sample", run, "--expert", file, "--num", 2, "--steps", 2, "--out", tmp_path / "a")
     note = json.loads((tmp_path / "a/samples.json").read_text())
     assert note["expert_sha256"] == expert.origin["weights_sha256"]
