@@ -287,13 +287,14 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     adversarial: omega from `ascend`, else random.
     equivariant: False drops the last "- omega", which is a classifier's invariance.
     """
-    # t ascends to t_max T: the first `low` samples hold all below reg_t T. k are regularised.
-    below, of = (math.ceil(u * diffusion.T - 1e-6) for u in (cfg.reg_t, cfg.t_max))
-    low = math.ceil(min(1, below / of) * len(t) - 1e-6)
-    k = max(1, round(cfg.reg_share * low))
-    if k < low:
+    # t ascends from 0 to t_max T (`stratified_t`): the first n_low samples hold all of them below
+    # reg_t T. Of these, k are regularised.
+    reg_end, t_end = (math.ceil(u * diffusion.T - 1e-6) for u in (cfg.reg_t, cfg.t_max))
+    n_low = math.ceil(min(1, reg_end / t_end) * len(t) - 1e-6)
+    k = max(1, round(cfg.reg_share * n_low))
+    if k < n_low:
         order = torch.arange(len(t), device=t.device)
-        order[:low] = torch.randperm(low, device=t.device)
+        order[:n_low] = torch.randperm(n_low, device=t.device)
         x0, t, eps = x0[order], t[order], eps[order]
     x_t = diffusion.diffuse(x0, t, eps)
     x, times = x_t[:k], t[:k]
@@ -319,8 +320,8 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
     if n < len(t):
         fit = torch.cat([fit, mean_square(predict_eps(net, diffusion, x_t[n:], t[n:]) - eps[n:])])
     weight = lam_t.flatten() * (times < cfg.reg_t * diffusion.T)
-    # A mean over the batch as well: in it the k stand for all `low`.
-    fit, reg = fit.mean(), (weight * residual).sum() / k * low / len(t)
+    # A mean over the batch as well: in it the k stand for all n_low.
+    fit, reg = fit.mean(), (weight * residual).sum() / k * n_low / len(t)
     figures = {"dsm": fit, "reg": reg, "equivariance": residual.mean(), "omega": omega.abs().mean()}
     return fit + reg, {name: value.detach() for name, value in figures.items()}
 
@@ -364,7 +365,7 @@ def regularised_units(cfg, ascents):
 
 
 # random: omega ~ U[-r, r].  adv: the paper's method.  invariant: what a classifier does; it fails.
-# ip and aware are baselines that the paper lacks; aware is told each image's noise.
+# ip and aware are baselines that the paper lacks; aware is told an estimate of each image's noise.
 MODES = {
     "dsm": Mode(dsm, lambda cfg: 3),
     "random": Mode(partial(regularised, adversarial=False, equivariant=True),

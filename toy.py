@@ -365,13 +365,13 @@ def draw_points(frame, layers):
                         for x, colour, width in layers])
 
 
-def draw_images(x):
+def image_panel(x):
     """The first 25 of the flat images x (N, 256) on the [-1, 1] scale, as a panel."""
     tiles = to_uint8(x[:25].view(5, 5, 16, 16).permute(0, 2, 1, 3).reshape(80, 80))
     return Image.fromarray(tiles.numpy()).resize((PANEL, PANEL), Image.NEAREST)
 
 
-def save_sheet(path, title, cells):
+def save_panels(path, title, cells):
     """Write the cells {(row title, column title): (panel, caption)} as one PNG."""
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     width, height, head = PANEL + GAP, PANEL + CAPTION + GAP, 64
@@ -442,8 +442,8 @@ def subspace(net, task, args):
         D = denoise(net, DIFFUSION, *diffuse_to(level, held_out, task.seed))
         row["psnr"].append(10 * math.log10(4 / (D - held_out).square().mean().item()))
     title = f"trained on\n{corruption_name(task.corruption)}"
-    return [row], {(title, "training data"): (draw_images(training_points(task)[0]), ""),
-                   title: (draw_images(x), caption_of(row, "outside_share", "variance_ratio"))}
+    return [row], {(title, "training data"): (image_panel(training_points(task)[0]), ""),
+                   title: (image_panel(x), caption_of(row, "outside_share", "variance_ratio"))}
 
 
 def memorize(net, task, args):
@@ -725,7 +725,7 @@ def main(argv=None):
             pictures.setdefault(task.experiment, {}).update(cells)
     for name, cells in pictures.items():
         print(f"\n{name}; lists are at t = {LEVELS}\n{markdown_table(rows[name])}")
-        save_sheet(args.out / f"{name}.png", EXPERIMENTS[name][1], cells)
+        save_panels(args.out / f"{name}.png", EXPERIMENTS[name][1], cells)
     write_json(args.out / "toy.json", sum(rows.values(), []))
     print(f"\nthe rows are in {args.out / 'toy.json'}, a picture of each experiment beside it")
 
