@@ -326,17 +326,23 @@ def own_noise(images, index, spoil):
 
 
 def choose_images(images, spoil, config):
-    """The indices that a run trains on, and with --filter each image's own estimate, else None."""
-    index, limit = np.arange(len(images)), config["filter"]
+    """The indices that a run trains on, and with --filter the noise of each image, else None.
+
+    The noise is the image's own estimate, or 0 below the threshold: texture is no noise.
+    """
+    chosen, limit = np.arange(len(images)), config["filter"]
     if not limit:
-        return index, None
-    estimates = own_noise(images, index, spoil)
-    low = (estimates < limit).numpy()
-    if not low.any():
-        raise UserError(f"--filter {limit} leaves no image: 10 % of their estimates are below "
-                        f"{estimates.quantile(0.1):.3f}")
-    # The noise-aware objective takes all, and those for free of noise.
-    return index if config["mode"] == "aware" else index[low], estimates
+        return chosen, None
+    estimates = own_noise(images, chosen, spoil)
+    if limit == "half":
+        limit = estimates.median().item() / 2
+    noise = torch.where(estimates < limit, 0, estimates)
+    if config["mode"] != "aware":  # That takes all.
+        chosen = chosen[(noise == 0).numpy()]
+    if len(chosen) < config["batch_size"]:
+        raise UserError(f"--filter {limit:.3g} leaves {len(chosen)} images, less than a batch: "
+                        f"10 % of their estimates are below {estimates.quantile(0.1):.3f}")
+    return chosen, noise
 
 
 @lru_cache(maxsize=4)
@@ -370,6 +376,9 @@ PRESETS = {
 }
 # What a checkpoint fixes: the shape of its weights, or the meaning of t.
 FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule")
+# What makes a training set: a run that begins with another's weights has its data too.
+DATA = ("dataset", "data_dir", "cache_dir", "limit", "noise_p", "noise_std", "noise_blur",
+        "outlier_p", "outlier_dir", "filter", "seed")
 # The flags that are no settings of a run.
 SESSION = ("out", "resume", "overwrite", "new_data", "device")
 
@@ -377,6 +386,11 @@ SESSION = ("out", "resume", "overwrite", "new_data", "device")
 def widths(text):
     """An argparse type: "1,2,2" -> (1, 2, 2); "0" -> (), none."""
     return () if text == "0" else tuple(comma_list(number(int, 1))(text))
+
+
+def threshold(text):
+    """An argparse type: a number of at least 0, or "half"."""
+    return text if text == "half" else number(float, 0)(text)
 
 
 def make_parser(dataset="shapes"):
@@ -387,12 +401,14 @@ def make_parser(dataset="shapes"):
     p = Parser(description=__doc__, epilog="In brackets the default, with this --dataset.")
 
     flag = p.add_argument_group("what to train").add_argument
-    flag("--dataset", choices=list(PRESETS), default="shapes", help="data set, and its preset")
+    flag("--dataset", choices=list(PRESETS), default=dataset, help="data set, and its preset")
     flag("--mode", choices=list(MODES), default="adv", help="objective")
     flag("--data_dir", type=Path, help="folder, zip or npz of the data; else ./data/<dataset>")
     flag("--cache_dir", type=Path, help=f"folder of the decoded images; else {CACHE}")
     flag("--limit", type=natural, default=0, help="train on so many of the decoded images; 0: all")
-    flag("--init_from", type=Path, help="begin with the EMA weights of another run, or diffusers'")
+    flag("--init_from", type=Path,
+         help="begin with the EMA weights of another run, whose data are then the default, or of a "
+              "folder of diffusers")
 
     flag = p.add_argument_group("corruption of the data, frozen per image").add_argument
     flag("--noise_p", type=share, default=0.0, help="share of images with Gaussian noise, 0 to 1")
@@ -402,9 +418,9 @@ def make_parser(dataset="shapes"):
     flag("--outlier_p", type=share, default=0.0, help="share replaced by uniform noise, 0 to 1")
     flag("--outlier_dir", type=Path,
          help="replace them by images of this folder, zip or npz instead")
-    flag("--filter", type=size, default=0.0,
-         help="train only on images whose own noise estimate is below this; 0: all. The start of a "
-              "run prints the estimates' quantiles: half the median is good where most are noisy")
+    flag("--filter", type=threshold, default=0.0,
+         help="train only on images whose own noise estimate is below this; 0: all; half: half the "
+              "median of the estimates, which is good where most are noisy")
 
     flag = p.add_argument_group("regulariser (losses.Perturbation)").add_argument
     flag("--reading", choices=list(READINGS), default=own.reading, help="form of the radius")
@@ -488,19 +504,27 @@ def parse_args(argv=None):
     """
     # The first parse finds what the defaults depend on, the second one has these defaults.
     argv = sys.argv[1:] if argv is None else list(argv)
-    given = make_parser().parse_args([word for word in argv if word not in ("-h", "--help")])
-    out = given.out or Path(f"out/{given.dataset}-{given.mode}")
+    p, saved, stored = make_parser(), None, {}
+    p.set_defaults(dataset=None)
+    given = p.parse_args([word for word in argv if word not in ("-h", "--help")])
+    if given.init_from and not given.resume:
+        with user_errors(ValueError):
+            saved = read_checkpoint(given.init_from)
+        stored = saved["config"]
+    dataset = given.dataset or stored.get("dataset") or "shapes"
+    out = given.out or Path(f"out/{dataset}-{given.mode}")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
-    p, saved = make_parser(given.dataset), None
-    start = out if given.resume else given.init_from
-    if start:
+    if given.resume:
         with user_errors(ValueError):
-            saved = read_checkpoint(start)
-        if given.resume and not saved.get("optimizer"):
-            raise UserError(f"{start} holds nothing to resume from: begin with it by --init_from")
+            saved = read_checkpoint(out)
+        if not saved.get("optimizer"):
+            raise UserError(f"{out} holds nothing to resume from: begin with it by --init_from")
+    p = make_parser(dataset)
+    if saved:
+        same = DATA if stored.get("dataset") == dataset else ()
         p.set_defaults(**{key: value for key, value in saved["config"].items()
-                          if given.resume or key in (*FIXED, "dropout")})
+                          if given.resume or key in (*FIXED, "dropout", *same)})
     args = p.parse_args(argv)
     args.out = out
 
@@ -745,28 +769,26 @@ def main(argv=None):
     if before != data and not args.new_data:
         raise UserError(f"the data of {out} has changed ({before['files']} files before, now "
                         f"{data['files']}): --new_data accepts it")
-    chosen, estimates = choose_images(images, spoil, vars(cfg))
+    chosen, noise = choose_images(images, spoil, vars(cfg))
     mine = slice(rank, None, world)  # This process's images of a batch; its parts take turns.
 
     def fetch(step):
         index = chosen[batch_index(step, cfg.batch_size, len(chosen), cfg.seed)[mine]]
         batch = [training_images(images, index, spoil)]
-        if cfg.mode == "aware":  # Below --filter an image counts as clean: texture is no noise.
-            batch.append(torch.where(estimates[index] < cfg.filter, 0, estimates[index]))
+        if cfg.mode == "aware":
+            batch.append(noise[index])
         return [part.pin_memory() if cuda else part for part in batch]
 
     del saved
     tell(f"data {cfg.dataset}: {len(images):,} images {tuple(images.shape[1:])}, of which "
          f"{np.sum(spoil.kinds == NOISY):,} with noise of std {cfg.noise_std}, "
          f"{np.sum(spoil.kinds == OUTLIER):,} outliers")
-    # Without --filter about 2000 of them say as much.
-    seen = estimates if cfg.filter else own_noise(
-        images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
+    seen = own_noise(images, np.arange(0, len(images), -(-len(images) // 2000)), spoil)
     low, middle, high = seen.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     tell(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %), "
          f"{(seen < middle / 2).float().mean():.1%} below half the median")
     if cfg.filter:
-        tell(f"--filter {cfg.filter} takes {(estimates < cfg.filter).sum():,} as clean")
+        tell(f"--filter {cfg.filter} takes {(noise == 0).sum():,} as clean")
     tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode} of "
          f"{forward_units(cfg.mode, perturbation):.3g} forward-units a step, "
          f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "

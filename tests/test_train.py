@@ -185,15 +185,24 @@ def test_a_resumed_run_changes_free_settings_and_refuses_fixed_ones(tmp_path, in
 def test_init_from_takes_weights_and_architecture_and_does_not_forget(tmp_path, in_process,
                                                                       mistake, monkeypatch):
     first, second = tmp_path / "plain", tmp_path / "adv"
-    in_process("train", *SMALL, "--steps", 3, "--lr", "1e-2", "--out", first)
+    in_process("train", *SMALL, "--steps", 3, "--lr", "1e-2", "--limit", 500, "--out", first)
     begin = ["train", "--init_from", first, "--batch_size", 8, "--out", second]
     assert "--channels 16" in mistake(*begin, "--channels", 16)
     in_process(*begin, "--steps", 2, "--lr", 1e-6, "--sample_every", 0, "--ema", 0.99)
     old, new = checkpoint(first), checkpoint(second)
     assert new["step"] == 2 and new["config"]["mult"] == (1,) and new["config"]["mode"] == "adv"
+    assert new["config"]["limit"] == 500  # Its data are the first run's.
     for part in ("model", "ema"):  # Both begin as the average, and hardly move.
         torch.testing.assert_close(new[part], old["ema"], rtol=0, atol=1e-4)
     assert differ(old["ema"], new["model"])
+    # The data set is inherited too, unless another one is asked for: then nothing of the data is.
+    other = tmp_path / "other.pt"
+    torch.save({**old, "config": {**old["config"], "dataset": "celeba", "noise_p": 0.5}}, other)
+    for flags, dataset, noise_p, limit in (([], "celeba", 0.5, 500),
+                                           (["--dataset", "folder"], "folder", 0, 0)):
+        args, _ = train.parse_args(["--init_from", str(other), *flags])
+        assert (args.dataset, args.noise_p, args.limit) == (dataset, noise_p, limit)
+        assert (args.steps, args.out.name) == (500_000, f"{dataset}-adv")
     # It is a run like any other: resumed, it keeps to its own weights.
     in_process("train", "--resume", "--out", second, "--steps", 3)
     assert checkpoint(second)["config"]["init_from"] == str(first)
@@ -299,9 +308,9 @@ def test_the_data_of_a_run_may_not_change(tmp_path, in_process, capsys, mistake)
 
 
 def test_filter_and_aware_as_a_user_runs_them(tmp_path, in_process, capsys):
-    flags = [*SMALL, "--image_size", 16, "--attention", 0, "--limit", 200, "--filter", 0.1]
-    for out, more in (("dsm", ["--steps", 1]), ("aware", ["--steps", 1, "--mode", "aware"]),
-                      ("dsm", ["--steps", 2, "--resume"])):
+    flags = [*SMALL, "--image_size", 16, "--attention", 0, "--limit", 200, "--filter", "half"]
+    for out, more in (("dsm", ["--steps", 1]), ("dsm", ["--steps", 2, "--resume"]),
+                      ("aware", ["--steps", 1, "--mode", "aware", "--filter", 0.1])):
         in_process("train", *flags, *more, "--out", tmp_path / out)
         assert "takes 20 as clean" in capsys.readouterr().out
     # What is trained on is what is left: without noise.
@@ -626,7 +635,8 @@ def places(tmp_path_factory):
     ("--beta_max 0.001", "below --beta_min"),
     ("--outlier_dir DIR/fine", "--outlier_p"),
     ("--mode aware", "aware needs --filter"),
-    ("--noise_p 1 --filter 1e-9 --limit 50", "--filter 1e-09 leaves no image"),
+    ("--noise_p 1 --filter 1e-9 --limit 50", "--filter 1e-09 leaves 0 images"),
+    ("--filter most", "'most' is not a number"),
     ("--channels 1000000", "not enough memory"),
     ("--batch_size 9 --accum 2", "does not divide"),
     ("--device abacus", "device abacus"),
