@@ -507,11 +507,12 @@ def parse_args(argv=None):
     p, saved, stored = make_parser(), None, {}
     p.set_defaults(dataset=None)
     given = p.parse_args([word for word in argv if word not in ("-h", "--help")])
-    if given.init_from and not given.resume:
+    if given.init_from and not (given.resume and given.out):
         with user_errors(ValueError):
             saved = read_checkpoint(given.init_from)
         stored = saved["config"]
-    dataset = given.dataset or stored.get("dataset") or "shapes"
+    dataset = given.dataset or stored.get("dataset")
+    dataset = dataset if dataset in PRESETS else "shapes"
     out = given.out or Path(f"out/{dataset}-{given.mode}")
     if out.is_file():
         raise UserError(f"--out {out} is a file: name the folder of the run")
