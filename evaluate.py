@@ -37,8 +37,8 @@ from model import diffusers_file
 from sample import (ATTACK, EOT, FIXED_BATCH, MAD, SAMPLERS, Parser, UserError, add_sampling_flags,
                     check_alike, check_writable, clean_images, comma_list, commit, crop_resize,
                     denoise_step, draw_images, finite, haar, image_noise, load_run, number,
-                    open_images, read_json, run_cli, save_grid, save_npz, seed_for, setup_device,
-                    step_pairs, ticker, user_errors, with_expert, write_atomically, write_json)
+                    open_images, read_json, run_cli, save_grid, seed_for, setup_device, step_pairs,
+                    ticker, user_errors, with_expert, write_atomically, write_json)
 from train import (CACHE, PRESETS, choose_images, complete_config, find_source, limit_images,
                    load_corruption, load_images, training_images)
 
@@ -95,21 +95,18 @@ def load_reference(name, shape, args, about, config=None, key="reference", split
         folder, cache = folder or config["data_dir"], cache or config["cache_dir"]
     if not name:
         raise UserError("--reference is needed: a data set, a folder, a zip or an npz")
-    dataset, label, made_of, source = name, f"{name} {split}", shape, None
+    dataset, label, source = name, f"{name} {split}", None
     if name not in PRESETS:
-        if not Path(name).exists():
-            raise UserError(f"{name}: neither a data set nor a file or folder")
         dataset, label, folder = "folder", name, name
     if dataset != "shapes":
         source = find_source(dataset, folder, split)
-        with user_errors(Exception, prefix=f"{name}: its first image is not readable: "):
-            made_of = shape_of(source.read(source.items[0]))
     # A bare set is the training images, unless --data_dir names another one to denoise.
     if (name in PRESETS and split == "test" and source and source.split is None
             and (key == "holdout" or str(folder) == str(config["data_dir"]))):
         raise UserError(f"{folder or f'data/{name}'} has no test split: name a folder, zip or npz "
                         "of held-out images")
     images = load_images(dataset, shape[1], shape[0], folder, cache, split, source)
+    made_of = shape_of(source.read(source.items[0])) if source else shape
     if made_of != shape:
         label += f", made {size_and_colour(shape)} of {size_and_colour(made_of)}"
     about.update({key: label, f"{key}_num": len(images), "image": size_and_colour(shape)})
@@ -122,8 +119,7 @@ def open_run(path, args, about, *steps, expert=None):
     if max(steps, default=0) > run.diffusion.T:
         raise UserError(f"--steps {max(steps)}: the model was trained with T = {run.diffusion.T}")
     about.update(run.origin)
-    with user_errors(KeyError, TypeError, prefix=f"{path}: its config is not one of train.py: "):
-        return run._replace(config=complete_config(run.config))
+    return run._replace(config=complete_config(run.config))
 
 
 def load_samples(path, args, about):
@@ -192,9 +188,8 @@ def load_inception(path=None):
     """
     net, file = build_inception(), path
     if file is None:
+        torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True)
         file = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
-        if not file.exists():
-            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     known = INCEPTION.endswith(f"-{digest}.pth")
@@ -421,7 +416,7 @@ def measure_set(images, features, args, about, title, keep=False):
     found = {"features": rows, "mean": rows.double().mean(0), "cov": rows.T.double().cov(),
              "radii": near[:, -1]}
     if keep:
-        write_atomically(path, lambda temporary: save_npz(temporary, **found))
+        write_atomically(path, lambda temporary: np.savez(temporary, **found))
     return found | {"logits": part for part in logits}
 
 
@@ -782,7 +777,6 @@ COMMANDS = {"quality": quality, "memorization": memorization, "attack": attack, 
 
 
 def parse_args(argv=None):
-    """The command line; UserError where it is wrong."""
     positive, whole, ten = number(float, 1e-9), number(int, 1), number(int, 10)
     p = Parser(description=__doc__)
     subparsers, parsers = p.add_subparsers(dest="command", required=True, metavar="command"), {}
@@ -861,14 +855,13 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Entry point; see the module's docstring."""
     args = parse_args(argv)
     png, args.raw = getattr(args, "png", None), getattr(args, "raw", True)  # The alarm's are raw.
     about = {key: value for key, value in vars(args).items()
              if key not in ("device", "json")} | {"commit": commit()}
-    _, _, world, args.device = setup_device(args.device)
-    if world > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("evaluate.py runs in one process; `torchrun sample.py` draws on several")
+    args.device = setup_device(args.device)[3]
     print(f"output {args.json or 'on the screen alone; --json FILE keeps it'}", flush=True)
     for path in filter(None, (args.json, png)):
         check_writable(path)

@@ -11,7 +11,6 @@ a = alpha_bar_t, s = sqrt(1 - a), squares are means over the elements of a sampl
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
@@ -53,13 +52,8 @@ class Diffusion:
         sqrt_a, s = self.at(t, x0)
         return sqrt_a * x0 + s * eps
 
-    def x0_from_eps(self, x_t, t, eps):
-        """The clean image that eps implies: (x_t - s eps) / sqrt(a)."""
-        sqrt_a, s = self.at(t, x_t)
-        return (x_t - s * eps) / sqrt_a
-
     def eps_from_x0(self, x_t, t, x0):
-        """eps = (x_t - sqrt(a) x0) / s, the inverse of `x0_from_eps`."""
+        """eps = (x_t - sqrt(a) x0) / s, the inverse of `denoise`."""
         sqrt_a, s = self.at(t, x_t)
         return (x_t - sqrt_a * x0) / s
 
@@ -84,7 +78,8 @@ def predict_eps(net, diffusion, x_t, t):
 
 def denoise(net, diffusion, x_t, t):
     """The denoiser D(x_t) = (x_t - s eps_theta(x_t, t)) / sqrt(a), (B, ...)."""
-    return diffusion.x0_from_eps(x_t, t, predict_eps(net, diffusion, x_t, t))
+    sqrt_a, s = diffusion.at(t, x_t)
+    return (x_t - s * predict_eps(net, diffusion, x_t, t)) / sqrt_a
 
 
 # ---------- The perturbation: how far, and with what weight
@@ -118,34 +113,24 @@ class Perturbation:
         return cls(**{key: settings[key] for key in cls.__dataclass_fields__ if key in settings})
 
 
-def radius_sigma(s, beta, cfg):
-    """Reading `sigma` (default): half-width R = beta (1-a)^(1/rho) in x-space; omega = delta / s.
-
-    Returns (r, lam_t) = (R / s, lam sqrt(3) / R), shaped as s.
-    """
-    R = beta * s ** (2 / cfg.rho)
-    return R / s, cfg.lam * math.sqrt(3) / R
-
-
-def radius_epsilon(s, beta, cfg):
-    """Reading `epsilon`: (r, lam_t) = (s^rho + beta, lam sqrt(3) / r), r in eps-space."""
-    r = s**cfg.rho + beta
-    return r, cfg.lam * math.sqrt(3) / r
-
-
-# The radius of a reading, and its beta_max.
-READINGS = {"sigma": (radius_sigma, 1.0), "epsilon": (radius_epsilon, 16 / 255)}
+# The readings of the radius, each with its own beta_max.
+READINGS = {"sigma": 1.0, "epsilon": 16 / 255}
 
 
 def radius_and_weight(s, cfg):
     """Draw beta ~ U(beta_min, beta_max), one a sample; return (r, lam_t), shaped as s (B, 1, ...).
 
     r: half-width of omega's box.  lam_t: sqrt(3) / half-width is 1 / std of a uniform perturbation.
+    sigma: half-width R = beta (1-a)^(1/rho) in x-space; omega = delta / s, so that r = R / s.
+    epsilon: half-width r = s^rho + beta in eps-space.
     """
-    radius, widest = READINGS[cfg.reading]
-    highest = widest if cfg.beta_max is None else cfg.beta_max
+    highest = READINGS[cfg.reading] if cfg.beta_max is None else cfg.beta_max
     beta = cfg.beta_min + (highest - cfg.beta_min) * torch.rand_like(s)
-    return radius(s, beta, cfg)
+    if cfg.reading == "sigma":
+        R = beta * s ** (2 / cfg.rho)
+        return R / s, cfg.lam * math.sqrt(3) / R
+    r = s**cfg.rho + beta
+    return r, cfg.lam * math.sqrt(3) / r
 
 
 # ---------- The perturbation: which direction
@@ -201,6 +186,8 @@ def along(grad, r):
 def ascend(view, omega, x_t, s, t, r, clean, cfg, rewind=lambda: None):
     """Training's omega: ascend J = |eps_theta(x_t + s omega, t) - eps_theta(x_t, t)|^2.
 
+    J, and not the penalty: it is steep where the data vary little, which is where noise shows; the
+    penalty is where they vary much (`python toy.py why`).
     linf: omega <- clip(omega + 1.25 r sign(grad J), -r, r).
     l2:   omega <- r sqrt(d) grad J / |grad J|, as long as a corner of the box.
     Where the gradient is zero (a fresh network) or overflows, omega stays as it was.
@@ -349,39 +336,30 @@ def aware(net, diffusion, x0, t, eps, cfg, noise):
     return loss, {"dsm": loss.detach()}
 
 
-class Mode(NamedTuple):
-    """An objective, and the compute of its training step in forward-units, a function of cfg.
-
-    A unit is one forward of the batch. A backward is two; of omega's gradient alone it is one.
-    """
-
-    loss: Callable
-    units: Callable
-
-
 def regularised_units(cfg, ascents):
     """dsm's 3; of what is regularised another forward and backward, and 2 for each ascent step."""
     return 3 + (3 + 2 * ascents) * min(1, cfg.reg_t / cfg.t_max) * cfg.reg_share
 
 
+# Name: (objective, its `forward_units`, a function of cfg).
 # random: omega ~ U[-r, r].  adv: the paper's method.  invariant: what a classifier does; it fails.
 # ip and aware are baselines that the paper lacks; aware is told an estimate of each image's noise.
 MODES = {
-    "dsm": Mode(dsm, lambda cfg: 3),
-    "random": Mode(partial(regularised, adversarial=False, equivariant=True),
-                   lambda cfg: regularised_units(cfg, 0)),
-    "adv": Mode(partial(regularised, adversarial=True, equivariant=True),
-                lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
-    "invariant": Mode(partial(regularised, adversarial=True, equivariant=False),
-                      lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
-    "ip": Mode(input_perturbation, lambda cfg: 3),
-    "aware": Mode(aware, lambda cfg: 3),
+    "dsm": (dsm, lambda cfg: 3),
+    "random": (partial(regularised, adversarial=False, equivariant=True),
+               lambda cfg: regularised_units(cfg, 0)),
+    "adv": (partial(regularised, adversarial=True, equivariant=True),
+            lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
+    "invariant": (partial(regularised, adversarial=True, equivariant=False),
+                  lambda cfg: regularised_units(cfg, cfg.ascent_steps)),
+    "ip": (input_perturbation, lambda cfg: 3),
+    "aware": (aware, lambda cfg: 3),
 }
 
 
 def forward_units(mode, cfg):
-    """Compute of a training step in forwards of its batch, see `Mode`."""
-    return MODES[mode].units(cfg)
+    """Compute of a training step: a forward of the batch is 1, a backward 2, of omega alone 1."""
+    return MODES[mode][1](cfg)
 
 
 class Objective(nn.Module):
@@ -394,7 +372,7 @@ class Objective(nn.Module):
     def __init__(self, net, diffusion, mode, perturbation):
         super().__init__()
         self.net, self.diffusion, self.perturbation = net, diffusion, perturbation
-        self.loss = MODES[mode].loss
+        self.loss, _ = MODES[mode]
 
     def forward(self, x0, t, eps, *noise):
         return self.loss(self.net, self.diffusion, x0, t, eps, self.perturbation, *noise)

@@ -110,8 +110,6 @@ class UNet(nn.Module):
 
     def __init__(self, image_size, in_channels, channels, mult, blocks, attention, dropout=0.0):
         super().__init__()
-        if not mult:
-            raise ValueError("mult is empty: a network has at least one level")
         sizes = [image_size // 2**i for i in range(len(mult))]
         factor = 2 ** (len(mult) - 1)
         if image_size % factor:
@@ -217,25 +215,15 @@ def read_checkpoint(path):
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums.
-            raise ValueError("damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        lacks = {"model", "ema", "optimizer", "scaler", "step", "config"} - checkpoint.keys()
+        # torch.load does not look at the checksums.
+        if lacks or zipfile.ZipFile(path).testzip():
+            raise ValueError("incomplete or damaged")
     except Exception as error:  # A damaged file may raise anything.
         raise ValueError(f"{path} is not a checkpoint of train.py: damaged, foreign, or with "
                          "code in it (not run)") from error
-    wanted = ("model", "ema", "optimizer", "scaler", "step", "config")
-    if not (isinstance(checkpoint, dict) and checkpoint.keys() >= {*wanted}
-            and isinstance(checkpoint["config"], dict)):
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(wanted)}")
     return checkpoint
-
-
-def load_weights(net, state, path):
-    """Put a state dict into the network; ValueError, naming the file, where they do not fit."""
-    try:
-        net.load_state_dict(state)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its weights do not fit its config") from error
 
 
 # ---------- diffusers: its UNet2DModel is the same network, with the same names
@@ -337,9 +325,8 @@ def read_diffusers(file):
     """
     folder = file.parent
     try:
-        places = folder.parent / "scheduler", folder / "scheduler", folder
-        found = [path for path in (place / "scheduler_config.json" for place in places)
-                 if path.is_file()]
+        found = [*folder.parent.glob("scheduler/scheduler_config.json"),
+                 *folder.glob("**/scheduler_config.json")]
         scheduler = json.loads(found[0].read_text()) if found else {}
         config = parse_diffusers(json.loads((folder / "config.json").read_text()), scheduler)
         net = build_network(config)

@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from losses import Diffusion, denoise
-from model import build_network, load_weights, read_checkpoint, write_diffusers
+from model import build_network, read_checkpoint, write_diffusers
 
 # ---------- Plumbing that every script shares: mistakes, flags, devices, progress, files, seeds
 
@@ -80,8 +80,6 @@ def user_errors(*kinds, prefix=""):
     """Turn exceptions of these kinds into a `UserError` that begins with `prefix`."""
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
         raise UserError(f"{prefix}{error}") from error
 
@@ -134,36 +132,28 @@ def setup_device(device="auto"):
     """(rank, local rank, world size, torch.device) of this process, alone or under torchrun.
 
     device: "auto" takes CUDA, then MPS, then the CPU.  Raises UserError if it is not there.
-    Only rank 0 has a standard output from then on.
+    Under torchrun it joins the process group; only rank 0 has a standard output from then on.
     """
     rank, local, world = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if device == "auto":
         mps = torch.backends.mps.is_available() and world == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
+    with user_errors(RuntimeError, AssertionError, prefix=f"device {device}: "):
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+    if world > 1:  # A day's patience: one process decodes, or draws, while the others wait.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank:
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return rank, local, world, device
-
-
-def start_group(device):
-    """Join the process group that torchrun describes: NCCL for CUDA's tensors, gloo for others.
-
-    A day's patience: one process decodes a data set, or draws pictures, while the others wait.
-    """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def duration(seconds):
@@ -200,10 +190,9 @@ HOST = platform.node().replace(".", "_")
 
 def remove_leftovers(folder):
     """Delete the temporary files of processes of this machine that are no more."""
-    for path in folder.glob(f".*.{HOST}.*.tmp"):
-        pid = path.name.split(".")[-2]
+    for path in folder.glob(f".{HOST}.*.tmp.*"):
         try:
-            os.kill(int(pid), 0)
+            os.kill(int(path.name.split(".")[2]), 0)
         except (ProcessLookupError, ValueError):
             path.unlink(missing_ok=True)
         except OSError:
@@ -212,7 +201,7 @@ def remove_leftovers(folder):
 
 def write_atomically(path, save):
     """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there."""
-    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{HOST}.{os.getpid()}.tmp.{path.name}")
     try:
         save(temporary)
         os.replace(temporary, path)
@@ -262,10 +251,8 @@ def commit():
 def lock_folder(out):
     """Claim a folder; the lock dies with the process. UserError: another one writes there."""
     file = open(out / ".lock", "w")
-    try:
+    with user_errors(BlockingIOError, prefix=f"another process writes to {out}: "):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process writes to {out}") from error
     return file
 
 
@@ -382,20 +369,9 @@ def is_image(name):
 
 
 def find_files(root):
-    """The files below a folder, sorted; links are followed, each real folder is read once."""
-
-    def refuse(error):
-        raise error
-
-    seen, found = set(), []
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [Path(folder, name) for name in names]
-    return sorted(found)
+    """The files below a folder, sorted; links are followed."""
+    return sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+                  for name in names)
 
 
 def size_and_date(root, files):
@@ -459,19 +435,9 @@ def crop_resize(image, size, channels, box=None):
 SAMPLERS = ("ddpm", "ddim")
 
 
-def timesteps(T, steps):
-    """`steps` of the T time steps, evenly spaced from T-1 down to 0; [T-1] alone for one.
-
-    Raises ValueError unless 1 <= steps <= T.
-    """
-    if not 1 <= steps <= T:
-        raise ValueError(f"{steps} sampling steps: between 1 and T = {T}")
-    return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
-
-
 def step_pairs(diffusion, steps, spacing="respaced", stop=0.0):
-    """(t, prev) of each sampling step, the last prev -1 for the clean image; see `sample`."""
-    chosen = timesteps(diffusion.T, steps)
+    """(t, prev) of each sampling step, evenly spaced from (T-1, ...) to (0, -1); see `sample`."""
+    chosen = np.linspace(diffusion.T - 1, 0, steps).round().astype(int).tolist()
     pairs = list(zip(chosen, [t - 1 for t in chosen] if spacing == "naive" else [*chosen[1:], -1]))
     noisy = int((diffusion.noise_level[chosen] >= stop).sum())
     return pairs if noisy == steps else [*pairs[:noisy], (chosen[noisy], -1)]
@@ -520,7 +486,7 @@ def sample(net, diffusion, noise, sampler="ddim", steps=100, spacing="respaced",
     progress: hook (i, steps), called after each step.
     stop: end with the denoised estimate at the first time whose noise s / sqrt(a) is below this:
         before the times at which a model of noisy data has learned to draw their noise. Of its
-        std n, n^2 / sqrt(n^2 + stop^2) is left.
+        std n, n^2 / sqrt(n^2 + stop^2) is left by an ideal one.
     """
     x = noise()
     for i, (t, prev) in enumerate(step_pairs(diffusion, steps, spacing, stop)):
@@ -617,11 +583,10 @@ def load_run(path, device="cpu", raw=False):
         checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
     with user_errors(KeyError, TypeError, ValueError, RuntimeError,
-                     prefix=f"{path}: its config is not one of train.py: "):
+                     prefix=f"{path}: its config or weights are not train.py's: "):
         net = build_network(config)
+        net.load_state_dict(checkpoint["model" if raw else "ema"])
         diffusion = Diffusion(config["T"], config["schedule"], device)
-    with user_errors(ValueError):
-        load_weights(net, checkpoint["model" if raw else "ema"], path)
     digest = hashlib.sha256()
     for p in net.parameters():
         digest.update(p.detach().numpy().tobytes())
@@ -676,7 +641,7 @@ def add_sampling_flags(flag):
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this; "
-              "of plain training two to three times the std of the data's noise was best")
+              "of 1, 2 and 3 times the std of the data's noise 2 and 3 were best for plain training")
     flag("--expert", type=Path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
@@ -686,7 +651,6 @@ def add_sampling_flags(flag):
 
 
 def parse_args(argv=None):
-    """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
     flag = p.add_argument
     flag("run", type=Path, help="run folder or checkpoint of train.py, or a diffusers folder")
@@ -697,7 +661,9 @@ def parse_args(argv=None):
     flag("--noise_std", type=number(float, 0),
          help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
     flag("--export", type=Path, help="instead write a folder that diffusers opens")
-    flag("--out", type=Path, help="output folder; else RUN/samples, or RUN/denoised")
+    flag("--out", type=Path,
+         help="output folder, with a sheet beside it; else samples or denoised, in the run's folder "
+              "or, for a file that is none's, in out/<its name>")
     flag("--overwrite", action="store_true", help="replace images of other settings")
     flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
     p.set_defaults(steps=None)
@@ -743,12 +709,6 @@ def claim_folder(out, picture, names, provenance, overwrite):
     return lock
 
 
-def save_npz(path, *arrays, **named):
-    """np.savez under exactly this name, which the function would end in .npz itself."""
-    with open(path, "wb") as file:
-        np.savez(file, *arrays, **named)
-
-
 def read_noisy(root, shape):
     """Images to clean: (names of the PNGs to write, uint8 (N, C, H, W), cropped and resized)."""
     source, names, images = open_images(root), [], []
@@ -774,7 +734,6 @@ def export(run, folder, overwrite):
 
 
 def main(argv=None):
-    """Entry point; see the module's docstring."""
     args = parse_args(argv)
     rank, _, world, device = setup_device(args.device)
     run = with_expert(load_run(args.run, device, args.raw), args.expert, device, args.raw)
@@ -814,7 +773,6 @@ def main(argv=None):
             for name, level in zip(names, std.tolist()):
                 tell(f"{name}: noise of std {level:.3f}")
     if world > 1:
-        start_group(device)
         dist.barrier()
 
     mine = range(rank, len(names), world)
@@ -823,10 +781,9 @@ def main(argv=None):
         tell(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
     start = time.time()
 
-    title = "images" if world == 1 else f"images of process 0 of {world}"
     for batch, images in draw_images(net, diffusion, shape, todo, args.seed, args.sampler,
-                                     args.steps, args.spacing, args.batch_size, device, title,
-                                     noisy=noisy, stop=args.stop):
+                                     args.steps, args.spacing, args.batch_size, device, noisy=noisy,
+                                     stop=args.stop):
         for k, image in zip(batch, images):
             image = Image.fromarray(image.transpose(1, 2, 0).squeeze())
             (out / names[k]).parent.mkdir(parents=True, exist_ok=True)
@@ -840,7 +797,7 @@ def main(argv=None):
         for k, name in enumerate(names):
             with user_errors(Exception, prefix=f"{out / name} is damaged, delete it: "):
                 images[k] = np.asarray(Image.open(out / name)).reshape(images.shape[1:])
-        write_atomically(out / "samples.npz", lambda temporary: save_npz(temporary, images))
+        write_atomically(out / "samples.npz", lambda temporary: np.savez(temporary, images))
         shown = images[:64].transpose(0, 3, 1, 2)
         if args.denoise:  # Pairs, before and after.
             shown = np.stack([before[:32], shown[:32]], axis=1).reshape(-1, *shape)

@@ -38,8 +38,8 @@ from losses import (MODES, READINGS, Diffusion, Perturbation, ascend, denoise, f
                     predict_eps, radius_and_weight, random_omega, stratified_t, trajectory_attack)
 from model import timestep_embedding
 from sample import (BLACK, BLUE, GREY, RED, TOY, Parser, UserError, check_writable,
-                    comma_list, draw_chart, draw_layers, number, run_cli, sample, seed_for, ticker,
-                    timesteps, to_uint8, write_atomically, write_json)
+                    comma_list, draw_chart, draw_layers, number, run_cli, sample, seed_for,
+                    step_pairs, ticker, to_uint8, write_atomically, write_json)
 from train import CLEAN, NOISY, OUTLIER, choose_corruption, shapes
 
 DIFFUSION = Diffusion()
@@ -289,7 +289,7 @@ def train(task, args):
         index, t = torch.randint(len(x0), (256,)), stratified_t(256, DIFFUSION.T)
         eps = torch.randn(256, x0.shape[1])
         told = [noise[index]] if objective == "aware" else []
-        loss, _ = MODES[objective].loss(net, DIFFUSION, x0[index], t, eps, task.cfg, *told)
+        loss, _ = MODES[objective][0](net, DIFFUSION, x0[index], t, eps, task.cfg, *told)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -474,7 +474,7 @@ def attack(net, task, args):
     """
     truth, rows, cells = TRUTHS[task.data](task.seed), [], {}
     shape = (args.samples // 3, len(truth.frame))
-    chosen = timesteps(DIFFUSION.T, args.sample_steps)[4::5]
+    chosen = [t for t, _ in step_pairs(DIFFUSION, args.sample_steps)[4::5]]
     untouched = generate(net, shape, args.sample_steps, task.seed)
     for name, push in ATTACKS.items():
         g = generator_for(PUSH, task.seed)
@@ -676,7 +676,6 @@ def measured(tasks, args):
 
 
 def parse_args(argv=None):
-    """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
     flag = p.add_argument
     flag("experiment", nargs="?", default="all", choices=[*EXPERIMENTS, "all"])
@@ -711,7 +710,6 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Entry point; see the module's docstring."""
     args = parse_args(argv)
     print(f"output {args.out}", flush=True)
     tasks = plan(args)

@@ -43,12 +43,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losses import (MODES, READINGS, Diffusion, Objective, Perturbation, forward_units,
                     stratified_t)
-from model import UNET_KEYS, build_network, load_weights, read_checkpoint
+from model import UNET_KEYS, build_network, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
                     comma_list, crop_resize, draw_chart, draw_images, duration, find_files,
                     finite, lock_folder, noise_estimate, number, open_images, read_json,
                     remove_leftovers, run_cli, save_grid, seed_for, setup_device, size_and_date,
-                    start_group, tell, ticker, to_uint8, user_errors, write_atomically, write_json)
+                    tell, ticker, to_uint8, user_errors, write_atomically, write_json)
 
 # ---------- Data: every set becomes one uint8 array (N, C, H, W)
 
@@ -166,12 +166,13 @@ def find_source(dataset, data_dir=None, split="train"):
     """
     root = Path(data_dir or f"data/{dataset}")
     makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
-    if data_dir or dataset not in makers and root.exists():
-        return open_source(dataset, root, split)
-    if dataset not in makers:
+    if dataset not in makers and not data_dir and not root.exists():
         raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
-    with contextlib.suppress(UserError):  # Not there, or half a download.
+    try:
         return open_source(dataset, root, split)
+    except UserError:  # Not there, or half a download.
+        if data_dir or dataset not in makers:
+            raise
     tell(f"downloading {dataset} to {root}")
     # Network, quota, a missing helper package: all end alike.
     with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
@@ -191,12 +192,9 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
                 source=None):
     """A data set as a uint8 array (N, in_channels, image_size, image_size), memory-mapped.
 
-    data_dir: folder, zip or npz; None looks in data/<dataset> and downloads what torchvision can.
     cache_dir: where the decoded .npy goes, None is `CACHE`. Its name holds a hash of the settings
         and of the source's names, sizes and dates: others never meet it.
-    split: "train" or "test", where the source has both; a bare folder or zip is one of them.
-    source: the `Source`, where it is open already.
-    Raises UserError for a missing, empty or unreadable source, naming the file.
+    source: of `find_source`, where it is open already.
     """
     if dataset == "shapes":
         n, seed = (10_000, 0) if split == "train" else (2000, 1)
@@ -547,9 +545,6 @@ def parse_args(argv=None):
         raise UserError("--t_max makes an expert of a trained model: name that by --init_from")
     if args.mode == "aware" and not args.filter:
         raise UserError("--mode aware needs --filter: an estimate below it counts as no noise")
-    beta_max = args.beta_max or READINGS[args.reading][1]
-    if beta_max < args.beta_min:
-        raise UserError(f"--beta_max {beta_max} is below --beta_min {args.beta_min}")
     return args, saved
 
 
@@ -598,21 +593,10 @@ def draw_curves(out):
 
 def save_checkpoint(out, state, keep):
     """Write ckpt.pt, whole at every moment; keep > 1 also as ckpt_<step>.pt, the newest `keep`."""
-
-    def save(temporary):
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # What torch makes of a full disk.
-                raise error.__context__ or error
-            file.flush()
-            os.fsync(file.fileno())
-
-    newest = out / "ckpt.pt"
-    write_atomically(newest, save)
-    if keep > 1:
-        write_atomically(out / f"ckpt_{state['step']:07d}.pt",
-                         lambda temporary: shutil.copyfile(newest, temporary))
+    buffer = io.BytesIO()  # Of a full disk torch.save makes an error of its own.
+    torch.save(state, buffer)
+    for name in ["ckpt.pt", f"ckpt_{state['step']:07d}.pt"][:keep]:
+        write_atomically(out / name, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
     for old in sorted(out.glob(f"ckpt_{DIGITS}.pt"))[:-keep if keep > 1 else None]:
         old.unlink()
 
@@ -685,7 +669,6 @@ def catch_signals():
 
 
 def main(argv=None):
-    """Entry point; see the module's docstring."""
     # --- settings: whatever can be wrong is found before anything is written
 
     args, saved = parse_args(argv)
@@ -694,11 +677,8 @@ def main(argv=None):
     cfg = argparse.Namespace(**{key: str(value) if isinstance(value, Path) else value
                                 for key, value in vars(args).items() if key not in SESSION})
     tell(f"output {out}")
-    if world > 1:
-        start_group(device)
 
     start = saved["step"] if args.resume else 0
-    parts = world * cfg.accum  # Each takes every parts-th image of a batch.
     there = [] if args.resume else run_files(out)
     if there and not set(UNET_KEYS) <= read_json(out / "config.json").keys():
         raise UserError(f"{there[0]} is of no run that could be replaced: take another --out")
@@ -706,7 +686,7 @@ def main(argv=None):
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
     if start >= cfg.steps:
         raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
-    if cfg.batch_size % parts:
+    if cfg.batch_size % (world * cfg.accum):
         raise UserError(f"--batch_size {cfg.batch_size} does not divide into {world} processes "
                         f"x {cfg.accum} parts")
 
@@ -717,10 +697,10 @@ def main(argv=None):
         net = build_network(vars(cfg)).to(device, memory_format=torch.channels_last)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         diffusion = Diffusion(cfg.T, cfg.schedule, device)
-        if saved:
-            begun_from = out if args.resume else cfg.init_from
-            load_weights(net, saved["model" if args.resume else "ema"], begun_from)
-            load_weights(ema, saved["ema"], begun_from)
+    if saved:
+        with user_errors(RuntimeError, TypeError, prefix="the checkpoint does not fit: "):
+            net.load_state_dict(saved["model" if args.resume else "ema"])
+            ema.load_state_dict(saved["ema"])
     weights, averages = list(net.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, cfg.lr, fused=True)
     amp = cfg.amp

@@ -51,7 +51,7 @@ import train  # noqa: E402
 from losses import Diffusion, Objective, Perturbation, forward_units  # noqa: E402
 from model import build_network, diffusers_config, read_checkpoint  # noqa: E402
 from sample import (Parser, UserError, comma_list, draw_images, load_run,  # noqa: E402
-                    number, run_cli, save_npz, setup_device, to_uint8, write_json)
+                    number, run_cli, setup_device, to_uint8, write_json)
 
 SMALL = "image_size=32:channels=64:mult=1,2:blocks=1:attention=16:batch_size=32"
 TINY = "image_size=8:channels=8:mult=1:blocks=1:attention=0:batch_size=8"
@@ -573,7 +573,7 @@ def cifar10(args):
 
     def baseline(name):
         """The training images themselves, while the networks compile and train."""
-        save_npz(args.runs / f"{name}.npz", strips[name].transpose(0, 2, 3, 1))
+        np.savez(args.runs / f"{name}.npz", strips[name].transpose(0, 2, 3, 1))
         return quality(name, args.runs / f"{name}.npz")
 
     def training():

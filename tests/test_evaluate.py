@@ -617,7 +617,7 @@ def test_overfit_prints_a_row_a_checkpoint(pictures, in_process, measure, tmp_pa
     ("quality P/folder --reference P/folder --features P/wrong.pt", "(B, d)"),
     ("quality RUN --features P/no.pt", "no.pt"),
     ("quality RUN --json FILE/a.json", "cannot write FILE/a.json"),
-    ("memorization RUN --holdout P/nowhere", "neither a data set nor a file"),
+    ("memorization RUN --holdout P/nowhere", "nowhere is not readable"),
     ("memorization P/folder --reference P/folder --holdout cifar10 --data_dir P/double.npz",
      "has no test split"),
     ("attack P/short.pt --steps 501", "T = 500"),

@@ -62,7 +62,6 @@ def test_the_weights_that_readme_begins_with_fit_and_compute_what_they_did():
     (dict(image_size=4, mult=(1, 1, 1, 1)), "not a multiple of 8"),
     (dict(attention=(12,)), "resolutions are 32,16,8,4"),
     (dict(in_channels=2), "grey"),
-    (dict(mult=()), "at least one level"),
     (dict(channels=3), "even number"),
 ])
 def test_impossible_networks(settings, words):
@@ -93,9 +92,8 @@ def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch):
         torch.save(data, tmp_path / f"{name}.pt")
     names = [path.stem for path in tmp_path.glob("*.pt")]
     for name in (*names, "missing"):
-        with pytest.raises(UserError, match=f"{name}.pt") as error:
+        with pytest.raises(UserError, match=f"{name}.pt"):
             load_run(tmp_path / f"{name}.pt")
-        assert "\n" not in str(error.value)
     assert len(names) == 9 and not (tmp_path / "exploded").exists()
     with pytest.raises(ValueError, match="no checkpoint"):
         read_checkpoint(tmp_path)

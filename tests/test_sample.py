@@ -11,7 +11,7 @@ from PIL import Image
 from conftest import finish, fork
 from losses import Diffusion
 from sample import (UserError, clean_images, denoise_step, draw_images, image_noise, load_run,
-                    noise_estimate, sample, step_pairs, timesteps, to_uint8, with_expert)
+                    noise_estimate, sample, step_pairs, to_uint8, with_expert)
 from train import load_images
 
 MEAN, VAR = 0.3, 0.25
@@ -68,15 +68,14 @@ def test_clipping_comes_before_the_step(sampler):
         assert middle.abs().max() < 1
 
 
-def test_timesteps():
-    assert timesteps(1000, 1000) == list(range(999, -1, -1))
+def test_time_steps():
+    every = list(zip(range(999, -1, -1), range(998, -2, -1)))
+    assert step_pairs(Diffusion(), 1000) == step_pairs(Diffusion(), 1000, "naive") == every
     for steps in (2, 7, 300, 999):
-        chosen = timesteps(1000, steps)
+        chosen, after = zip(*step_pairs(Diffusion(), steps))
         assert chosen[0] == 999 and chosen[-1] == 0 and (np.diff(chosen) < 0).all()
-    assert timesteps(1000, 1) == [999] and timesteps(1, 1) == [0]
-    assert step_pairs(Diffusion(), 1000, "naive") == step_pairs(Diffusion(), 1000, "respaced")
-    with pytest.raises(ValueError, match="1001 sampling steps"):
-        timesteps(1000, 1001)
+        assert after == (*chosen[1:], -1)
+    assert step_pairs(Diffusion(), 1) == [(999, -1)] and step_pairs(Diffusion(1), 1) == [(0, -1)]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

@@ -272,7 +272,7 @@ def test_resume_drops_what_lay_beyond_and_bears_a_damaged_log_but_no_damaged_che
     shutil.copy(tmp_path / "ckpt_0000002.pt", tmp_path / "ckpt.pt")
     log = tmp_path / "log.jsonl"
     log.write_bytes(log.read_bytes() + b'{"loss": 1}\n\xff[3]\n{"step": 2, "lo')
-    (tmp_path / f".ckpt.pt.{HOST}.999999999.tmp").write_bytes(b"what a killed run left")
+    (tmp_path / f".{HOST}.999999999.tmp.ckpt.pt").write_bytes(b"what a killed run left")
     in_process("train", "--resume", "--steps", 3, "--keep", 2, "--out", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*ckpt*")) == [
         "ckpt.pt", "ckpt_0000002.pt", "ckpt_0000003.pt"]
@@ -372,7 +372,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(tmp_path, at_ste
                                                                 mistake):
     def refused(file, *argv):
         """The disk is full, as the kernel says it, when `file` is written next."""
-        file.with_name(f".{file.name}.{HOST}.{os.getpid()}.tmp").symlink_to("/dev/full")
+        file.with_name(f".{HOST}.{os.getpid()}.tmp.{file.name}").symlink_to("/dev/full")
 
         def there():  # The log may be ahead of the checkpoint: a resumed run drops its lines.
             return {path: path.read_bytes() for path in file.parent.glob("[!.]*.*")
@@ -477,7 +477,7 @@ def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
         assert "decoding 3 images" in shown and "3 other files are no images" in shown
         # Half of a file, which a killed process left, is never taken.
         (decoded,) = cache.iterdir()
-        left = cache / f".{decoded.name}.{HOST}.999999999.tmp"
+        left = cache / f".{HOST}.999999999.tmp.{decoded.name}"
         left.write_bytes(b"half")
         assert np.array_equal(x, load_images("folder", 8, 3, source, cache))
         assert "decoding" not in capsys.readouterr().out and not left.exists()
@@ -519,7 +519,6 @@ def test_odd_files_are_taken_and_odd_links_named(tmp_path):
     Image.new("RGB", (8, 8), "red").save(folder / "deep" / "1.jpg",
                                         exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     Image.new("RGB", (8, 8)).save(folder / "2.gif")
-    (folder / "deep" / "loop").symlink_to(folder)
     assert len(load_images("folder", 8, 3, folder, tmp_path)) == 2
     assert not any(map(is_image, ("a.h5", ".c.png", "__MACOSX/d.png", "/e.png", "../f.png")))
     np.savez(tmp_path / "three.npz", np.full((3, 8, 8, 3), 7, np.uint8))
@@ -632,7 +631,6 @@ def places(tmp_path_factory):
     ("--noise_std 0", "go together"),
     ("--dropout 1", "at most 0.99"),
     ("--schedule square", "unknown schedule"),
-    ("--beta_max 0.001", "below --beta_min"),
     ("--outlier_dir DIR/fine", "--outlier_p"),
     ("--mode aware", "aware needs --filter"),
     ("--noise_p 1 --filter 1e-9 --limit 50", "--filter 1e-09 leaves 0 images"),
