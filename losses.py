@@ -23,11 +23,12 @@ class Diffusion:
 
     schedule: "linear", beta from 1e-4 to .02 at T = 1000 (Ho et al. 2020), scaled by 1000 / T;
     or "cosine" (Nichol & Dhariwal 2021).  Raises ValueError on any other.
+    predict: what a network of these states returns, "eps" or "v", see `predict_eps`.
     `alpha_bar` and `noise_level`, s / sqrt(a), are float64 on the CPU, (T,): samplers read them;
     `sqrt_a` and `s` are float32.
     """
 
-    def __init__(self, T=1000, schedule="linear", device="cpu"):
+    def __init__(self, T=1000, schedule="linear", device="cpu", predict="eps"):
         if schedule == "linear":
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":
@@ -36,7 +37,7 @@ class Diffusion:
             beta = 1 - f[1:] / f[:-1]
         else:
             raise ValueError(f"unknown schedule {schedule!r}: linear or cosine")
-        self.T = T
+        self.T, self.predict = T, predict
         self.alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), dim=0)
         self.noise_level = (1 / self.alpha_bar - 1).sqrt()
         self.sqrt_a = self.alpha_bar.sqrt().float().to(device)
@@ -71,9 +72,13 @@ def stratified_t(n, T, device="cpu"):
 def predict_eps(net, diffusion, x_t, t):
     """The predicted noise, (B, ...): the one place that says what the network's output means.
 
-    For a network that predicts v = sqrt(a) eps - s x0 it is sqrt(a) net(x_t, t) + s x_t.
+    That is eps, or v = sqrt(a) eps - s x0 (Salimans & Ho 2022): then eps = sqrt(a) v + s x_t.
     """
-    return net(x_t, t)
+    output = net(x_t, t)
+    if diffusion.predict == "v":
+        sqrt_a, s = diffusion.at(t, x_t)
+        output = sqrt_a * output + s * x_t
+    return output
 
 
 def denoise(net, diffusion, x_t, t):

@@ -220,6 +220,7 @@ def read_checkpoint(path):
         # torch.load does not look at the checksums.
         if lacks or zipfile.ZipFile(path).testzip():
             raise ValueError("incomplete or damaged")
+        checkpoint["config"].setdefault("predict", "eps")  # Older ones had nothing else.
     except Exception as error:  # A damaged file may raise anything.
         raise ValueError(f"{path} is not a checkpoint of train.py: damaged, foreign, or with "
                          "code in it (not run)") from error
@@ -235,6 +236,7 @@ DEFAULTS = {"act_fn": "silu", "center_input_sample": False, "mid_block_scale_fac
             "flip_sin_to_cos": True, "downsample_padding": 1, "norm_eps": 1e-5}
 DDPM = {"freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "norm_eps": 1e-6}
 BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 
 
 def diffusers_config(config):
@@ -250,11 +252,12 @@ def diffusers_config(config):
             "attention_head_dim": None, "norm_num_groups": norm_groups(config["channels"])}
 
 
-def diffusers_scheduler(T, schedule):
-    """The settings of the DDPMScheduler that is `losses.Diffusion(T, schedule)`."""
+def diffusers_scheduler(config):
+    """The settings of the DDPMScheduler that is the run's `losses.Diffusion`."""
+    T, schedule = config["T"], config["schedule"]
     betas = {"beta_start": 0.1 / T, "beta_end": 20 / T} if schedule == "linear" else {}
     return {"num_train_timesteps": T, "beta_schedule": BETAS[schedule], **betas,
-            "prediction_type": "epsilon"}
+            "prediction_type": PREDICTIONS[config["predict"]]}
 
 
 def read_safetensors(path):
@@ -307,9 +310,10 @@ def parse_diffusers(theirs, scheduler):
               "attention": tuple(size // 2**i for i, attend in enumerate(attends) if attend),
               "T": scheduler.get("num_train_timesteps", 1000), "dataset": None,
               "schedule": "cosine" if scheduler.get("beta_schedule") == BETAS["cosine"] else
-              "linear"}
+              "linear",
+              "predict": "v" if scheduler.get("prediction_type") == PREDICTIONS["v"] else "eps"}
     for ours, read in ((diffusers_config(config), {**DEFAULTS, **theirs}),
-                       (diffusers_scheduler(config["T"], config["schedule"]), scheduler)):
+                       (diffusers_scheduler(config), scheduler)):
         for key, value in ours.items():
             if read.get(key, value) != value:
                 raise ValueError(f"{key} is {read[key]}, this network has {value}")
@@ -356,7 +360,7 @@ def write_diffusers(net, config, folder):
         "unet/config.json": {"_class_name": "UNet2DModel", **diffusers_config(config)},
         "scheduler/scheduler_config.json": {
             "_class_name": "DDPMScheduler", "clip_sample": True, "variance_type": "fixed_small",
-            **diffusers_scheduler(config["T"], config["schedule"])}}
+            **diffusers_scheduler(config)}}
     for name, settings in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n")

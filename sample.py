@@ -586,7 +586,7 @@ def load_run(path, device="cpu", raw=False):
                      prefix=f"{path}: its config or weights are not train.py's: "):
         net = build_network(config)
         net.load_state_dict(checkpoint["model" if raw else "ema"])
-        diffusion = Diffusion(config["T"], config["schedule"], device)
+        diffusion = Diffusion(config["T"], config["schedule"], device, config["predict"])
     digest = hashlib.sha256()
     for p in net.parameters():
         digest.update(p.detach().numpy().tobytes())
@@ -599,7 +599,7 @@ def load_run(path, device="cpu", raw=False):
 
 def check_alike(run, other):
     """UserError unless two runs have the same time steps and images of the same kind."""
-    for key in ("in_channels", "image_size", "T", "schedule"):
+    for key in ("in_channels", "image_size", "T", "schedule", "predict"):
         if other.config[key] != run.config[key]:
             raise UserError(f"{other.origin['run']}: its {key} is {other.config[key]}, that of "
                             f"{run.origin['run']} is {run.config[key]}")
@@ -641,7 +641,7 @@ def add_sampling_flags(flag):
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this; "
-              "of 1, 2 and 3 times the std of the data's noise 2 and 3 were best for plain training")
+              "of 1, 2 and 3 times the std of the data's noise, 2 and 3 were best after dsm")
     flag("--expert", type=Path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
@@ -662,8 +662,8 @@ def parse_args(argv=None):
          help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
     flag("--export", type=Path, help="instead write a folder that diffusers opens")
     flag("--out", type=Path,
-         help="output folder, with a sheet beside it; else samples or denoised, in the run's folder "
-              "or, for a file that is none's, in out/<its name>")
+         help="output folder, with a sheet beside it; else samples or denoised in the run's folder, "
+              "or for a file without one in out/<its name>")
     flag("--overwrite", action="store_true", help="replace images of other settings")
     flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
     p.set_defaults(steps=None)

@@ -103,6 +103,10 @@ def test_schedules_and_conversions():
         found = losses.denoise(lambda x, t: eps, d, x_t, t)
         torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(d.eps_from_x0(x_t, t, x0), eps, rtol=1e-3, atol=1e-4)
+        sqrt_a, s = d.at(t, x0)
+        v = sqrt_a * eps - s * x0
+        found = losses.predict_eps(lambda x, t: v, Diffusion(predict="v"), x_t, t)
+        torch.testing.assert_close(found, eps, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="schedule"):
         Diffusion(10, "sqrt")
 

@@ -102,7 +102,7 @@ def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch):
 # ---------- diffusers
 
 CONFIG = {"image_size": 16, "in_channels": 3, "channels": 8, "mult": (1, 2), "blocks": 1,
-          "attention": (8,), "dropout": 0.1, "T": 1000, "schedule": "linear"}
+          "attention": (8,), "dropout": 0.1, "T": 1000, "schedule": "linear", "predict": "v"}
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -164,7 +164,7 @@ def test_bin_files_half_precision_and_the_names_of_2022(theirs, copied):
     (UNET, {"down_block_types": ["DownBlock2D", "ResnetDownsampleBlock2D"]}, "down_block_types"),
     (UNET, {"layers_per_block": 2}, "Missing key"),
     (UNET, {"block_out_channels": "many"}, "no UNet2DModel that fits"),
-    (SCHEDULER, {"prediction_type": "v_prediction"}, "v_prediction"),
+    (SCHEDULER, {"prediction_type": "sample"}, "prediction_type is sample"),
 ])
 def test_what_our_network_cannot_express_is_named(copied, name, changes, words):
     (copied / name).write_text(json.dumps(json.loads((copied / name).read_text()) | changes))

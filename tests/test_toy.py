@@ -223,7 +223,8 @@ def test_tables_and_pictures_survive_divergence(tmp_path):
     panel = toy.draw_layers([(dots, toy.BLUE, 2), (dots[None, :9], toy.GREY, 2)])
     chart = toy.draw_chart({"up": [(0, 0), (5, math.nan), (10, 4)], "down": [(0, 4), (10, 0)]},
                            "x", "y")
-    toy.save_panels(tmp_path / "p.png", "title", {("a", "x"): (panel, "b"), ("c", "y"): (chart, "")})
+    cells = {("a", "x"): (panel, "b"), ("c", "y"): (chart, "")}
+    toy.save_panels(tmp_path / "p.png", "title", cells)
     sheet = Image.open(tmp_path / "p.png").convert("RGB").crop((318, 264, 478, 424))
     pixels = np.asarray(sheet).astype(int)
     for colour, end in ((toy.BLUE, pixels[:30]), (toy.RED, pixels[130:])):  # the right ends

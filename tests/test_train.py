@@ -166,7 +166,8 @@ def test_a_resumed_run_changes_free_settings_and_refuses_fixed_ones(tmp_path, in
     state, before = checkpoint(out), (out / "ckpt.pt").read_bytes()
     assert state["step"] == 3 and state["config"]["mode"] == "adv"
     assert "at step 3 of 3" in mistake("train", *resume)
-    for flag in (["--channels", 16], ["--mult", "1,1"], ["--T", 100], ["--schedule", "cosine"]):
+    for flag in (["--channels", 16], ["--mult", "1,1"], ["--T", 100], ["--schedule", "cosine"],
+                 ["--predict", "v"]):
         assert flag[0] in mistake("train", *resume, *flag)
     assert "holds a run" in mistake("train", *fresh)
     # Nothing is removed before the first step has succeeded.
