@@ -662,8 +662,8 @@ def parse_args(argv=None):
          help="their noise's std on the [-1, 1] scale; else an estimate for each, which is printed")
     flag("--export", type=Path, help="instead write a folder that diffusers opens")
     flag("--out", type=Path,
-         help="output folder, with a sheet beside it; else samples or denoised in the run's folder, "
-              "or for a file without one in out/<its name>")
+         help="output folder, with a sheet beside it; else samples or denoised in the run's, or, "
+              "of a file without a run, in out/<its name>")
     flag("--overwrite", action="store_true", help="replace images of other settings")
     flag("--device", default="auto", help="cpu, cuda, cuda:1 or mps")
     p.set_defaults(steps=None)
