@@ -195,7 +195,7 @@ def ascend(view, omega, x_t, s, t, r, clean, cfg, rewind=lambda: None):
     penalty is where they vary much (`python toy.py why`).
     linf: omega <- clip(omega + 1.25 r sign(grad J), -r, r).
     l2:   omega <- r sqrt(d) grad J / |grad J|, as long as a corner of the box.
-    Where the gradient is zero (a fresh network) or overflows, omega stays as it was.
+    Where the gradient is zero (a fresh network's) or overflows, omega stays as it was.
 
     view: function (x, t) -> (B, ...), such as a network on frozen weights; clean: view(x_t, t).
     omega: the start, U[-r, r], (B, ...): J's gradient is exactly zero at omega = 0.

@@ -323,14 +323,15 @@ def parse_diffusers(theirs, scheduler):
 def read_diffusers(file):
     """The weights of diffusers' UNet2DModel in a file, in `read_checkpoint`'s form, at step 0.
 
-    A .safetensors or .bin with config.json beside it; T and the schedule are those of a
-    scheduler_config.json that lies there, in scheduler/ or in ../scheduler/, else DDPM's.
+    A .safetensors or .bin with config.json beside it; T, the schedule and what it predicts are
+    those of a scheduler_config.json that lies there, in scheduler/ or ../scheduler/, else DDPM's.
     Raises ValueError, naming what it is, where this is not the network that `UNet` builds.
     """
     folder = file.parent
     try:
         found = [*folder.parent.glob("scheduler/scheduler_config.json"),
-                 *folder.glob("**/scheduler_config.json")]
+                 *folder.glob("scheduler/scheduler_config.json"),
+                 *folder.glob("scheduler_config.json")]
         scheduler = json.loads(found[0].read_text()) if found else {}
         config = parse_diffusers(json.loads((folder / "config.json").read_text()), scheduler)
         net = build_network(config)

@@ -369,9 +369,20 @@ def is_image(name):
 
 
 def find_files(root):
-    """The files below a folder, sorted; links are followed."""
-    return sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
-                  for name in names)
+    """The files below a folder, sorted; links are followed, each real folder is read once."""
+
+    def refuse(error):
+        raise error
+
+    seen, found = set(), []
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
 
 
 def size_and_date(root, files):
@@ -454,13 +465,13 @@ def denoise_step(net, diffusion, x, t, prev, sampler, noise, clip=True):
     t, prev = (torch.as_tensor(time).expand(len(x)) for time in (t, prev))
     a = diffusion.alpha_bar[t]
     a_prev = torch.where(prev < 0, 1.0, diffusion.alpha_bar[prev])
-    t = t.to(x.device)
+    t = t.to(x.device, non_blocking=True)
     x0 = denoise(net, diffusion, x, t)
     if clip:
         x0 = x0.clamp(-1, 1)
 
     def scale(factor, y):
-        return factor.to(y).view(-1, *[1] * (y.dim() - 1)) * y
+        return factor.to(y, non_blocking=True).view(-1, *[1] * (y.dim() - 1)) * y
 
     if sampler == "ddim":
         eps = diffusion.eps_from_x0(x, t, x0)
@@ -598,7 +609,7 @@ def load_run(path, device="cpu", raw=False):
 
 
 def check_alike(run, other):
-    """UserError unless two runs have the same time steps and images of the same kind."""
+    """UserError unless two runs have the same time steps, and networks of the same kind."""
     for key in ("in_channels", "image_size", "T", "schedule", "predict"):
         if other.config[key] != run.config[key]:
             raise UserError(f"{other.origin['run']}: its {key} is {other.config[key]}, that of "
@@ -621,8 +632,9 @@ def with_expert(run, path, device, raw=False):
 
     def net(x, t):
         late = t < end
-        if late.all() or not late.any():
-            return (expert.net if late[0] else run.net)(x, t)
+        n = int(late.sum())
+        if n in (0, len(t)):
+            return (expert.net if n else run.net)(x, t)
         return torch.where(late.view(-1, 1, 1, 1), expert.net(x, t), run.net(x, t))
 
     return run._replace(net=net, origin={**run.origin, "expert": str(path),

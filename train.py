@@ -337,9 +337,10 @@ def choose_images(images, spoil, config):
     noise = torch.where(estimates < limit, 0, estimates)
     if config["mode"] != "aware":  # That takes all.
         chosen = chosen[(noise == 0).numpy()]
-    if len(chosen) < config["batch_size"]:
-        raise UserError(f"--filter {limit:.3g} leaves {len(chosen)} images, less than a batch: "
-                        f"10 % of their estimates are below {estimates.quantile(0.1):.3f}")
+    if not len(chosen):
+        raise UserError(f"--filter {limit:.3g} leaves no image: 10 % of their estimates are below "
+                        f"{estimates.quantile(0.1):.3f}")
+    tell(f"--filter {limit:.3g} takes {(noise == 0).sum():,} as clean")
     return chosen, noise
 
 
@@ -493,7 +494,8 @@ def make_parser(dataset="shapes"):
 
 def complete_config(config):
     """A run's settings with the defaults for those that it lacks; the data set may stay None."""
-    defaults = vars(make_parser(config.get("dataset") or "shapes").parse_args([]))
+    dataset = config.get("dataset")
+    defaults = vars(make_parser(dataset if dataset in PRESETS else "shapes").parse_args([]))
     defaults["dataset"] = None
     return {key: value for key, value in defaults.items() if key not in SESSION} | config
 
@@ -508,7 +510,7 @@ def parse_args(argv=None):
     p, saved, stored = make_parser(), None, {}
     p.set_defaults(dataset=None)
     given = p.parse_args([word for word in argv if word not in ("-h", "--help")])
-    if given.init_from and not (given.resume and given.out):
+    if given.init_from and not (given.resume and (given.out or given.dataset)):
         with user_errors(ValueError):
             saved = read_checkpoint(given.init_from)
         stored = saved["config"]
@@ -524,7 +526,7 @@ def parse_args(argv=None):
             raise UserError(f"{out} holds nothing to resume from: begin with it by --init_from")
     p = make_parser(dataset)
     if saved:
-        same = DATA if stored.get("dataset") == dataset else ()
+        same = DATA if stored.get("dataset") == dataset and not given.data_dir else ()
         p.set_defaults(**{key: value for key, value in saved["config"].items()
                           if given.resume or key in (*FIXED, "dropout", *same)})
     args = p.parse_args(argv)
@@ -542,8 +544,8 @@ def parse_args(argv=None):
             raise UserError(f"--out {out} is in a folder of data: its pictures would become data")
     if bool(args.noise_p) != bool(args.noise_std):
         raise UserError("--noise_p and --noise_std go together: one of them is 0")
-    if args.outlier_dir and not args.outlier_p:
-        raise UserError("--outlier_dir replaces the share --outlier_p of the images, and that is 0")
+    if not args.outlier_p:
+        args.outlier_dir = None
     if args.t_max < 1 and not args.init_from:
         raise UserError("--t_max makes an expert of a trained model: name that by --init_from")
     if args.mode == "aware" and not args.filter:
@@ -598,8 +600,15 @@ def save_checkpoint(out, state, keep):
     """Write ckpt.pt, whole at every moment; keep > 1 also as ckpt_<step>.pt, the newest `keep`."""
     buffer = io.BytesIO()  # Of a full disk torch.save makes an error of its own.
     torch.save(state, buffer)
+
+    def save(temporary):
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+
     for name in ["ckpt.pt", f"ckpt_{state['step']:07d}.pt"][:keep]:
-        write_atomically(out / name, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+        write_atomically(out / name, save)
     for old in sorted(out.glob(f"ckpt_{DIGITS}.pt"))[:-keep if keep > 1 else None]:
         old.unlink()
 
@@ -701,7 +710,7 @@ def main(argv=None):
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         diffusion = Diffusion(cfg.T, cfg.schedule, device, cfg.predict)
     if saved:
-        with user_errors(RuntimeError, TypeError, prefix="the checkpoint does not fit: "):
+        with user_errors(RuntimeError, TypeError, prefix="its weights do not fit its config: "):
             net.load_state_dict(saved["model" if args.resume else "ema"])
             ema.load_state_dict(saved["ema"])
     weights, averages = list(net.parameters()), list(ema.parameters())
@@ -771,8 +780,6 @@ def main(argv=None):
     low, middle, high = seen.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     tell(f"their own noise estimates: {low:.3f}, {middle:.3f}, {high:.3f} (10, 50, 90 %), "
          f"{(seen < middle / 2).float().mean():.1%} below half the median")
-    if cfg.filter:
-        tell(f"--filter {cfg.filter} takes {(noise == 0).sum():,} as clean")
     tell(f"net {sum(p.numel() for p in weights):,} parameters, mode {cfg.mode} of "
          f"{forward_units(cfg.mode, perturbation):.3g} forward-units a step, "
          f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "

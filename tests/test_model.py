@@ -129,12 +129,16 @@ def equal(state, other):
     return all(torch.equal(value, other[key]) for key, value in state.items())
 
 
-def test_the_round_trip_through_diffusers_is_exact(theirs):
+def test_the_round_trip_through_diffusers_is_exact(theirs, tmp_path):
     path, state = theirs
     for place in (path, path / "unet", path / WEIGHTS):
         again = read_checkpoint(place)
         assert equal(state, again["ema"]) and again["step"] == 0
         assert {key: again["config"][key] for key in CONFIG} == CONFIG
+    net = build_network(CONFIG)
+    write_diffusers(net, {**CONFIG, "predict": "eps"}, tmp_path / "eps")
+    assert json.loads((tmp_path / "eps" / SCHEDULER).read_text())["prediction_type"] == "epsilon"
+    assert read_checkpoint(tmp_path / "eps")["config"]["predict"] == "eps"
 
 
 def test_what_diffusers_cannot_express_is_not_exported(tmp_path):
