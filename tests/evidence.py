@@ -92,6 +92,7 @@ ROWS = {
     "dsm_stop": ("dsm --stop 0.2", {"of": "dsm", "stop": 0.2}),
     "dsm_stop.4": ("dsm --stop 0.4", {"of": "dsm", "stop": 0.4}),
     "dsm_stop.6": ("dsm --stop 0.6", {"of": "dsm", "stop": 0.6}),
+    "dsm_v_stop.4": ("dsm --predict v --stop 0.4", {"of": "dsm_v", "stop": 0.4}),
     "adv_low_stop.4": ("adv --reg_t 0.1 --stop 0.4", {"of": "adv_low", "stop": 0.4}),
     "expert_stop": ("dsm + adv expert, --stop 0.2", {"of": "expert", "stop": 0.2}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
@@ -127,8 +128,8 @@ STUDIES = {
     "answer": ("quality", ["noise.2", "all.2", "cifar10", "blurred", "outliers", "strangers",
                            "clean", "noise.1"],
                ["dsm", "random", "adv", "adv_low", "filter", "aware", "aware_stop", "ip", "dsm_v",
-                "adv_low_v", "dsm_stop", "dsm_stop.4", "dsm_stop.6", "adv_low_stop.4",
-                "expert_stop", "expert", "expert_dsm"]),
+                "adv_low_v", "dsm_stop", "dsm_stop.4", "dsm_stop.6", "dsm_v_stop.4",
+                "adv_low_stop.4", "expert_stop", "expert", "expert_dsm"]),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"]),
     "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"]),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"]),
