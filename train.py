@@ -373,6 +373,8 @@ PRESETS = {
     "lsun_bedroom": dict(dropout=0.0),
     "folder": dict(),
 }
+# The defaults of the copy that --t_max fine-tunes: short, and its average forgets the start.
+EXPERT = dict(reg_t=1.0, warmup=0, cooldown=0.5, ema=0.99)
 # What a checkpoint fixes: the shape of its weights, or the meaning of t.
 FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule", "predict")
 # What makes a training set: a run that begins with another's weights has its data too.
@@ -436,7 +438,8 @@ def make_parser(dataset="shapes"):
     flag("--reg_share", type=some, default=own.reg_share,
          help="regularise a random share of each batch, which stands for all")
     flag("--t_max", type=some, default=own.t_max,
-         help="train on t below this share of T alone: a model for sample.py's --expert")
+         help="train on t below this share of T alone: an expert for sample.py; by default then "
+              + ", ".join(f"{key} {value}" for key, value in EXPERT.items()))
     flag("--ip_gamma", type=size, default=own.ip_gamma, help="--mode ip: std of the second noise")
     flag("--detach_target", action=on_off, default=own.detach_target,
          help="no gradient through the unperturbed branch")
@@ -525,6 +528,8 @@ def parse_args(argv=None):
         if not saved.get("optimizer"):
             raise UserError(f"{out} holds nothing to resume from: begin with it by --init_from")
     p = make_parser(dataset)
+    if given.t_max < 1:
+        p.set_defaults(**EXPERT)
     if saved:
         same = DATA if stored.get("dataset") == dataset and not given.data_dir else ()
         p.set_defaults(**{key: value for key, value in saved["config"].items()

@@ -96,11 +96,11 @@ ROWS = {
     "adv_low_stop.4": ("adv --reg_t 0.1 --stop 0.4", {"of": "adv_low", "stop": 0.4}),
     "expert_stop": ("dsm + adv expert, --stop 0.2", {"of": "expert", "stop": 0.2}),
     # dsm draws, but for t < T / 10 a copy does, fine-tuned for a quarter of the steps.
-    "expert": ("dsm + adv expert",
-               {"mode": "adv", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
+    "expert": ("dsm + adv expert", {"mode": "adv", "t_max": 0.1, "ema": 0.99, "cooldown": 0,
+                                    "expert_of": "dsm"}),
     # What of the expert's gain is the second network's, and what the smaller objective would do.
-    "expert_dsm": ("dsm + dsm expert",
-                   {"mode": "dsm", "t_max": 0.1, "ema": 0.99, "expert_of": "dsm"}),
+    "expert_dsm": ("dsm + dsm expert", {"mode": "dsm", "t_max": 0.1, "ema": 0.99, "cooldown": 0,
+                                        "expert_of": "dsm"}),
 }
 # Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
 # Of few images KID is taken, since the Frechet distance depends on their number.

@@ -205,6 +205,8 @@ def test_init_from_takes_weights_and_architecture_and_does_not_forget(tmp_path, 
         args, _ = train.parse_args(["--init_from", str(other), *flags])
         assert (args.dataset, args.noise_p, args.limit) == (dataset, noise_p, limit)
         assert (args.steps, args.out.name) == (500_000, f"{dataset}-adv")
+    args, _ = train.parse_args(["--init_from", str(other), "--t_max", "0.2", "--warmup", "7"])
+    assert (args.reg_t, args.ema, args.cooldown, args.warmup) == (1, 0.99, 0.5, 7)
     # It is a run like any other: resumed, it keeps to its own weights.
     in_process("train", "--resume", "--out", second, "--steps", 3)
     assert checkpoint(second)["config"]["init_from"] == str(first)
