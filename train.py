@@ -455,8 +455,8 @@ def make_parser(dataset="shapes"):
     flag("--T", type=number(int, 1, 10**6), default=1000, help="diffusion steps")
     flag("--schedule", default="linear", help="noise schedule: linear or cosine")
     flag("--predict", choices=["eps", "v"], default="eps",
-         help="what the network returns; the loss is the same. v learns the structure of an image "
-              "in fewer steps")
+         help="what the network returns; the loss is the same. With v plain training learns the "
+              "structure of images in fewer steps")
 
     flag = p.add_argument_group("training").add_argument
     flag("--batch_size", type=count, default=128, help="images a step, over all processes")
