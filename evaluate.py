@@ -777,6 +777,7 @@ COMMANDS = {"quality": quality, "memorization": memorization, "attack": attack, 
 
 
 def parse_args(argv=None):
+    """The command line; UserError where it is wrong."""
     positive, whole, ten = number(float, 1e-9), number(int, 1), number(int, 10)
     p = Parser(description=__doc__)
     subparsers, parsers = p.add_subparsers(dest="command", required=True, metavar="command"), {}
@@ -855,6 +856,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Run a command, print its table and keep it."""
     args = parse_args(argv)
     png, args.raw = getattr(args, "png", None), getattr(args, "raw", True)  # The alarm's are raw.
     about = {key: value for key, value in vars(args).items()

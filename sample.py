@@ -663,6 +663,7 @@ def add_sampling_flags(flag):
 
 
 def parse_args(argv=None):
+    """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
     flag = p.add_argument
     flag("run", type=Path, help="run folder or checkpoint of train.py, or a diffusers folder")
@@ -746,6 +747,7 @@ def export(run, folder, overwrite):
 
 
 def main(argv=None):
+    """Draw, clean or export."""
     args = parse_args(argv)
     rank, _, world, device = setup_device(args.device)
     run = with_expert(load_run(args.run, device, args.raw), args.expert, device, args.raw)

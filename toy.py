@@ -676,6 +676,7 @@ def measured(tasks, args):
 
 
 def parse_args(argv=None):
+    """The command line; UserError where it is wrong."""
     p = Parser(description=__doc__)
     flag = p.add_argument
     flag("experiment", nargs="?", default="all", choices=[*EXPERIMENTS, "all"])
@@ -710,6 +711,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Run the experiments, print their tables and keep them."""
     args = parse_args(argv)
     print(f"output {args.out}", flush=True)
     tasks = plan(args)

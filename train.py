@@ -686,6 +686,7 @@ def catch_signals():
 
 
 def main(argv=None):
+    """Train a run; returns 128 + the signal that stopped it, else None."""
     # --- settings: whatever can be wrong is found before anything is written
 
     args, saved = parse_args(argv)
