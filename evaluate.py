@@ -696,10 +696,10 @@ def denoising(args, about):
         def denoised(batch, index):
             noisy = batch.float() / 127.5 - 1
             noisy += std * image_noise(args.seed, index, shape, args.device, ATTACK)()
-            own, noise = torch.full((len(noisy),), std), image_noise(args.seed, index, shape,
-                                                                     args.device)
-            once = clean_images(net, diffusion, noisy, own, noise)
-            x = clean_images(net, diffusion, noisy, own, noise, "ddpm", t + 1)
+            levels = torch.full((len(noisy),), std)
+            noise = image_noise(args.seed, index, shape, args.device)
+            once = clean_images(net, diffusion, noisy, levels, noise)
+            x = clean_images(net, diffusion, noisy, levels, noise, "ddpm", t + 1)
             return [noisy.clamp(-1, 1), once, x]
 
         row = {"t": t, "noise_std": std, "clean residual": clean_noise}

@@ -540,7 +540,7 @@ def clean_images(net, diffusion, noisy, std, noise, sampler="ddim", steps=1):
     """
     own = (diffusion.noise_level - std.cpu()[:, None]).abs().argmin(1)
     times = (own * torch.linspace(1, 0, steps)[:, None]).round().long()  # (steps, B)
-    x = diffusion.diffuse(noisy, own.to(noisy.device), torch.zeros_like(noisy))
+    x = diffusion.at(own.to(noisy.device), noisy)[0] * noisy
     for t, prev in zip(times, [*times[1:], -1]):
         x = denoise_step(net, diffusion, x, t, prev, sampler, noise)
     return x

@@ -378,8 +378,8 @@ EXPERT = dict(reg_t=1.0, warmup=0, cooldown=0.5, ema=0.99)
 # What a checkpoint fixes: the shape of its weights, or the meaning of t.
 FIXED = tuple(key for key in UNET_KEYS if key != "dropout") + ("T", "schedule", "predict")
 # What makes a training set: a run that begins with another's weights has its data too.
-DATA = ("dataset", "data_dir", "cache_dir", "limit", "noise_p", "noise_std", "noise_blur",
-        "outlier_p", "outlier_dir", "filter", "seed")
+DATA = ("data_dir", "cache_dir", "limit", "noise_p", "noise_std", "noise_blur", "outlier_p",
+        "outlier_dir", "filter", "seed")
 # The flags that are no settings of a run.
 SESSION = ("out", "resume", "overwrite", "new_data", "device")
 
