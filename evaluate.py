@@ -36,9 +36,10 @@ from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps
 from model import diffusers_file
 from sample import (ATTACK, EOT, FIXED_BATCH, MAD, SAMPLERS, Parser, UserError, add_sampling_flags,
                     check_alike, check_writable, clean_images, comma_list, commit, crop_resize,
-                    denoise_step, draw_images, finite, haar, image_noise, load_run, number,
-                    open_images, read_json, run_cli, save_grid, seed_for, setup_device, step_pairs,
-                    ticker, user_errors, with_expert, write_atomically, write_json)
+                    denoise_step, draw_images, finite, haar, image_noise, load_run,
+                    lock_folder, number, open_images, read_json, run_cli, save_grid, seed_for,
+                    setup_device, step_pairs, ticker, user_errors, with_expert, write_atomically,
+                    write_json)
 from train import (CACHE, PRESETS, choose_images, complete_config, find_source, limit_images,
                    load_corruption, load_images, training_images)
 
@@ -68,13 +69,13 @@ def read_as_is(path):
     first one's size and colour.
     """
     source = open_images(path)
-    for i, item in enumerate(source.items):
+    for i, name in enumerate(source.names):
         # A damaged file may raise anything.
-        with user_errors(Exception, prefix=f"{path}, {source.name(i)}: "):
-            image = source.read(item)
+        with user_errors(Exception, prefix=f"{path}, {name}: "):
+            image = source.read(name)
             shape = shape_of(image)
             if i == 0:
-                images = np.empty((len(source.items), *shape), np.uint8)
+                images = np.empty((len(source.names), *shape), np.uint8)
             if shape != images.shape[1:] or shape[1] != shape[2]:
                 raise ValueError(f"it is {size_and_colour(shape)}, the first is "
                                  f"{size_and_colour(images.shape[1:])}: all must be alike, square")
@@ -106,7 +107,7 @@ def load_reference(name, shape, args, about, config=None, key="reference", split
         raise UserError(f"{folder or f'data/{name}'} has no test split: name a folder, zip or npz "
                         "of held-out images")
     images = load_images(dataset, shape[1], shape[0], folder, cache, split, source)
-    made_of = shape_of(source.read(source.items[0])) if source else shape
+    made_of = shape_of(source.read(source.names[0])) if source else shape
     if made_of != shape:
         label += f", made {size_and_colour(shape)} of {size_and_colour(made_of)}"
     about.update({key: label, f"{key}_num": len(images), "image": size_and_colour(shape)})
@@ -205,20 +206,6 @@ def random_inception():
     return net, "random Inception (seed 0), NOT comparable with published figures"
 
 
-def load_dinov2(device):
-    """DINOv2's ViT-L/14 by torch.hub: (function: images -> class token (B, 1024), what it is)."""
-    from torchvision.transforms.functional import normalize
-
-    vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", trust_repo=True)
-    vit = vit.to(device).eval()
-
-    def class_token(x):
-        x = F.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        return vit(normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    return class_token, "DINOv2 ViT-L/14"
-
-
 @torch.no_grad()
 def load_features(args, shape, about):
     """What --features names, as a function for `extract`; the provenance says what it is.
@@ -237,8 +224,6 @@ def load_features(args, shape, about):
             net, label = load_inception(args.inception)
         elif name == "random":
             net, label = random_inception()
-        elif name == "dinov2":
-            net, label = load_dinov2(device)
         elif name == "pixels":
             net, label = nn.Flatten(), "pixels, NOT comparable"
         else:
@@ -247,8 +232,7 @@ def load_features(args, shape, about):
             with warnings.catch_warnings():  # Deprecated; no other format brings its own code.
                 warnings.simplefilter("ignore")
                 net = torch.jit.load(name, map_location=device)
-        if isinstance(net, nn.Module):
-            net = net.to(device, memory_format=torch.channels_last).eval()
+        net = net.to(device, memory_format=torch.channels_last).eval()
         rows = features(torch.zeros(1, *shape, dtype=torch.uint8, device=device), None)[0]
         if rows.dim() != 2:
             raise ValueError(f"the output is {tuple(rows.shape)}, not (B, d)")
@@ -410,13 +394,13 @@ def measure_set(images, features, args, about, title, keep=False):
     if keep:
         with contextlib.suppress(Exception), np.load(path) as file:  # Missing or damaged: anew.
             return {name: torch.from_numpy(file[name]) for name in file}
-        check_writable(path)
     rows, *logits = extract(images, features, args, title)
     near, _ = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)
     found = {"features": rows, "mean": rows.double().mean(0), "cov": rows.T.double().cov(),
              "radii": near[:, -1]}
     if keep:
-        write_atomically(path, lambda temporary: np.savez(temporary, **found))
+        with lock_folder(path.parent, wait=True):
+            write_atomically(path, lambda temporary: np.savez(temporary, **found))
     return found | {"logits": part for part in logits}
 
 
@@ -686,7 +670,7 @@ def denoising(args, about):
     """
     net, diffusion, config, shape, _ = open_run(args.run, args, about)
     images = load_reference(args.reference, shape, args, about, config, split="test")
-    images = first_images(images, args.num, "held-out images")[:args.num or 1000]
+    images = first_images(images, None, "held-out images")[:args.num]
     about["num"], rows = len(images), []
     clean = torch.from_numpy(np.array(images)).float() / 127.5 - 1
     clean_noise = plain_figures(images)["residual_noise"]
@@ -803,7 +787,7 @@ def parse_args(argv=None):
     flag("--num", type=ten, default=5000, help=many)
     flag = adder("denoise")
     flag("run", type=Path, help=model)
-    flag("--num", type=ten, help=f"{many}; else 1000")
+    flag("--num", type=ten, default=1000, help=many)
     flag("--noise_std", type=comma_list(positive), default=[0.1, 0.2],
          help="std of the noise on the [-1, 1] scale")
     flag = adder("overfit")
@@ -812,7 +796,7 @@ def parse_args(argv=None):
 
     flag = adder("quality", "memorization", "attack", "steps")
     flag("--features", default="inception",
-         help="inception; random: untrained, offline, not comparable; dinov2; pixels; or FILE.pt, "
+         help="inception; random: untrained, offline, not comparable; pixels; or FILE.pt, "
               "TorchScript uint8 NCHW -> (B, d)")
     flag("--inception", type=Path, help="file of the Inception's weights; else torch.hub's")
     flag("--reference_num", type=ten, help="only so many images of the reference; else all")

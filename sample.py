@@ -19,13 +19,13 @@ import io
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
 import zipfile
 from datetime import timedelta
 from functools import partial
+from glob import glob
 from itertools import count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -52,8 +52,6 @@ class UserError(Exception):
 
 def run_cli(main):
     """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):  # A file's name may be what it cannot encode.
-        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
@@ -152,7 +150,7 @@ def setup_device(device="auto"):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank:
-        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
+        sys.stdout = open(os.devnull, "w")
     return rank, local, world, device
 
 
@@ -161,12 +159,7 @@ def duration(seconds):
     return str(timedelta(seconds=int(seconds)))
 
 
-def tell(text, end="\n"):
-    """Print at once; where a terminal or pipe has closed, from then on nothing is shown."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+tell = partial(print, flush=True)
 
 
 def ticker(title, total):
@@ -185,23 +178,12 @@ def ticker(title, total):
     return tick
 
 
-HOST = platform.node().replace(".", "_")
-
-
-def remove_leftovers(folder):
-    """Delete the temporary files of processes of this machine that are no more."""
-    for path in folder.glob(f".{HOST}.*.tmp.*"):
-        try:
-            os.kill(int(path.name.split(".")[2]), 0)
-        except (ProcessLookupError, ValueError):
-            path.unlink(missing_ok=True)
-        except OSError:
-            pass  # It lives, and is another user's.
-
-
 def write_atomically(path, save):
-    """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there."""
-    temporary = path.with_name(f".{HOST}.{os.getpid()}.tmp.{path.name}")
+    """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there.
+
+    What a killed process left is overwritten by the next one. `lock_folder` keeps others away.
+    """
+    temporary = path.with_name(f".tmp.{path.name}")
     try:
         save(temporary)
         os.replace(temporary, path)
@@ -239,20 +221,23 @@ def check_writable(path):
 
 
 def commit():
-    """The short hash of the code's commit, with a + if tracked code differs; "" without git."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    """The short hash of the code's commit, with a + if a tracked file differs; "" without git."""
     with contextlib.suppress(OSError):
-        found = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-        return found and found + "+" * changed
+        return subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty=+"],
+                              cwd=Path(__file__).parent, capture_output=True, text=True
+                              ).stdout.strip()
     return ""
 
 
-def lock_folder(out):
-    """Claim a folder; the lock dies with the process. UserError: another one writes there."""
-    file = open(out / ".lock", "w")
-    with user_errors(BlockingIOError, prefix=f"another process writes to {out}: "):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def lock_folder(folder, wait=False):
+    """Claim a folder, which is made, until the file returned is closed or the process ends.
+
+    Raises UserError where another process writes there, unless told to wait for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    with user_errors(BlockingIOError, prefix=f"another process writes to {folder}: "):
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     return file
 
 
@@ -348,15 +333,15 @@ def image_noise(seed, indices, shape, device, use=IMAGE):
 class Source(NamedTuple):
     """Images that are not decoded yet."""
 
-    items: Sequence  # one for each image; its name where it has one
-    read: Callable  # item -> PIL image
+    names: Sequence  # one for each image
+    read: Callable  # name -> PIL image
     files: dict  # name below the root -> (bytes, date of its last change or checksum)
-    others: int = 0  # files beside them that are no images
     split: str | None = None  # None where the source is one bare set of images
 
-    def name(self, i):
-        """What an error calls the i-th image."""
-        return self.items[i] if isinstance(self.items[i], (str, Path)) else f"image {i}"
+
+def numbered(images):
+    """(names, read) of a `Source` that is an array, uint8 (N, H, W) or (N, H, W, 3)."""
+    return [f"{k:06d}" for k in range(len(images))], lambda k: Image.fromarray(images[int(k)])
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
@@ -369,20 +354,9 @@ def is_image(name):
 
 
 def find_files(root):
-    """The files below a folder, sorted; links are followed, each real folder is read once."""
-
-    def refuse(error):
-        raise error
-
-    seen, found = set(), []
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [Path(folder, name) for name in names]
-    return sorted(found)
+    """The files below a folder, sorted; links are followed, hidden files left out."""
+    found = (root / name for name in glob("**/*", root_dir=root, recursive=True))
+    return sorted(path for path in found if path.is_file())
 
 
 def size_and_date(root, files):
@@ -398,23 +372,21 @@ def open_images(root):
     """
     with user_errors(Exception, prefix=f"{root} is not readable: "):
         if root.is_dir():
-            found = find_files(root)
-            items = [file for file in found if is_image(str(file.relative_to(root)))]
-            source = Source(items, Image.open, size_and_date(root, items), len(found) - len(items))
+            names = [file for file in find_files(root) if is_image(str(file.relative_to(root)))]
+            source = Source(names, Image.open, size_and_date(root, names))
         elif root.suffix == ".npz":
             images = np.load(root)["arr_0"]
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
                 raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, C)")
             images = images[..., 0] if images.shape[-1] == 1 else images
-            source = Source(images, Image.fromarray, size_and_date(root.parent, [root]))
+            source = Source(*numbered(images), size_and_date(root.parent, [root]))
         else:
             archive = zipfile.ZipFile(root)
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            files = {entry.filename: (entry.file_size, entry.CRC) for entry in entries
+            files = {entry.filename: (entry.file_size, entry.CRC) for entry in archive.infolist()
                      if is_image(entry.filename)}
             source = Source(sorted(files), lambda name: Image.open(io.BytesIO(archive.read(name))),
-                            files, len(entries) - len(files))
-    if not len(source.items):
+                            files)
+    if not source.names:
         raise UserError(f"no images in {root}: no {', '.join(SUFFIXES)}")
     return source
 
@@ -691,46 +663,39 @@ def parse_args(argv=None):
     return args
 
 
-def claim_folder(out, picture, names, provenance, overwrite):
+def claim_folder(out, provenance, overwrite):
     """Make the folder `out` ready for images of `provenance`, which it writes there.
 
-    Files that are not this script's are refused; images of the same settings stay, to be
-    completed; those of other settings are refused, or cleared with `overwrite`: UserError.
+    Images of the same settings stay, to be completed. Raises UserError for files that are not
+    this script's, and for more images or those of other settings, unless `overwrite` clears them.
     Returns the folder's lock, to hold until the process ends.
     """
     note = out / "samples.json"
     before = read_json(note)
-    there = {*names, *filter(is_image, before.get("noise_std") or {}),
-             *(path.name for path in out.glob("*.png") if path.stem.isdigit())}
-    there = [out / name for name in there if (out / name).exists()]
-    if "sampler" not in before and (picture.exists() or any(out.glob("[!.]*"))):
-        raise UserError(f"{out} or {picture} is not of sample.py: take another --out")
+    if "sampler" not in before and any(out.glob("[!.]*")):
+        raise UserError(f"{out} holds files that are not of sample.py: take another --out")
     changed = [key for key in {**before, **provenance} if key not in ("num", "run", "expert")
                and before.get(key) != provenance.get(key)] if before else []
-    if len(there) > len(names):
-        changed.append(f"num, {len(there)} images there,")
+    if before.get("num", 0) > provenance["num"]:
+        changed.append("num")
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
                         "use --overwrite or another --out")
-    out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out)
-    remove_leftovers(out)
-    for path in [*there, out / "samples.npz", picture] if changed else []:
+    for path in [*out.rglob("*.png"), out / "samples.npz"] if changed else []:
         path.unlink(missing_ok=True)
     write_json(note, provenance)
-    check_writable(picture)
     return lock
 
 
 def read_noisy(root, shape):
     """Images to clean: (names of the PNGs to write, uint8 (N, C, H, W), cropped and resized)."""
     source, names, images = open_images(root), [], []
-    for k, item in enumerate(source.items):
-        name = Path(item if isinstance(item, (str, Path)) else f"{k:06d}")
-        name = name.relative_to(root) if root.is_dir() else name
-        names.append(str(name.with_suffix(".png")))
-        with user_errors(Exception, prefix=f"{root}: {source.name(k)} is not readable: "):
-            images.append(crop_resize(source.read(item), shape[-1], shape[0]))
+    for name in source.names:
+        path = Path(name).relative_to(root) if root.is_dir() else Path(name)
+        names.append(str(path.with_suffix(".png")))
+        with user_errors(Exception, prefix=f"{root}: {name} is not readable: "):
+            images.append(crop_resize(source.read(name), shape[-1], shape[0]))
     if len(set(names)) < len(names):
         raise UserError(f"{root}: two of its images have one name but for the suffix")
     return names, np.stack(images)
@@ -761,7 +726,7 @@ def main(argv=None):
     if not (folder / "ckpt.pt").exists():
         folder = Path("out", args.run.stem)
     out = args.out or folder / ("denoised" if args.denoise else "samples")
-    picture = Path(f"{os.path.realpath(out)}.png")
+    picture = Path(f"{out.resolve()}.png")
     provenance = {**run.origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
                   "spacing": args.spacing, "stop": args.stop, "seed": args.seed}
     names, noisy = [f"{k:06d}.png" for k in range(args.num)], None
@@ -782,7 +747,7 @@ def main(argv=None):
         tell(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
              f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
              f"{device.type}")
-        lock = claim_folder(out, picture, names, provenance, args.overwrite)  # noqa: F841
+        lock = claim_folder(out, provenance, args.overwrite)  # noqa: F841
         if args.denoise and args.noise_std is None:
             for name, level in zip(names, std.tolist()):
                 tell(f"{name}: noise of std {level:.3f}")

@@ -46,315 +46,9 @@ from losses import (MODES, READINGS, Diffusion, Objective, Perturbation, forward
 from model import UNET_KEYS, build_network, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
                     comma_list, crop_resize, draw_chart, draw_images, duration, find_files,
-                    finite, lock_folder, noise_estimate, number, open_images, read_json,
-                    remove_leftovers, run_cli, save_grid, seed_for, setup_device, size_and_date,
-                    tell, ticker, to_uint8, user_errors, write_atomically, write_json)
-
-# ---------- Data: every set becomes one uint8 array (N, C, H, W)
-
-
-def shapes(n, size, channels, seed):
-    """n anti-aliased coloured discs and boxes on dark grey: uint8 (n, channels, size, size)."""
-    rng = np.random.default_rng([SHAPES, seed])
-
-    def uniform(low, high):
-        return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
-
-    pixel = np.arange(size, dtype=np.float32) + 0.5
-    dx = abs(pixel[None, None, :] - size * uniform(0.35, 0.65))
-    dy = abs(pixel[None, :, None] - size * uniform(0.35, 0.65))
-    radius, width, height = (size * uniform(0.15, 0.33) for _ in range(3))
-    is_disc = rng.random((n, 1, 1)) < 0.5
-    # The signed distance to the outline, in pixels.
-    distance = np.where(is_disc, np.hypot(dx, dy) - radius, np.maximum(dx - width, dy - height))
-    cover = np.clip(0.5 - distance, 0, 1)[:, None]
-    hue = 6 * uniform(0, 1)[..., None] + np.array([0, 4, 2], np.float32)[None, :, None, None]
-    colour = np.clip(abs(hue % 6 - 3) - 1, 0, 1)
-    if channels == 1:
-        colour = 0.5 + 0.5 * colour[:, :1]
-    return np.round(255 * (0.15 + (colour - 0.15) * cover)).astype(np.uint8)
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads CIFAR-10's batches: numpy arrays and plain values, nothing that could run."""
-
-    def find_class(self, module, name):
-        known = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
-        if known or (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
-
-
-def open_cifar(files):
-    """CIFAR-10's python batches: (items, read)."""
-    batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
-    images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
-    return images.transpose(0, 2, 3, 1), Image.fromarray
-
-
-def open_idx(files):
-    """(Fashion-)MNIST's gzipped idx file: (items, read)."""
-    with gzip.open(files[0]) as file:
-        shape = np.frombuffer(file.read(16), ">i4")[1:]
-        return np.frombuffer(file.read(), np.uint8).reshape(shape), Image.fromarray
-
-
-def open_lsun(files):
-    """LSUN's lmdb: (items, read). torchvision's reader pickles its keys into the current folder."""
-    import lmdb
-    base = lmdb.open(str(files[0].parent), readonly=True, lock=False)
-    with base.begin() as transaction:
-        keys = list(transaction.cursor().iternext(values=False))
-
-    def read(key):
-        with base.begin() as transaction:  # A transaction serves one thread only.
-            return Image.open(io.BytesIO(transaction.get(key)))
-
-    return keys, read
-
-
-# The formats that data sets are published in: a reader, and the files of each split.
-PUBLISHED = {
-    "cifar10": (open_cifar, {"train": [f"data_batch_{i}" for i in range(1, 6)],
-                             "test": ["test_batch"]}),
-    "fashion_mnist": (open_idx, {"train": ["train-images-idx3-ubyte.gz"],
-                                 "test": ["t10k-images-idx3-ubyte.gz"]}),
-    "lsun_bedroom": (open_lsun, {"train": ["bedroom_train_lmdb/data.mdb"],
-                                 "test": ["bedroom_val_lmdb/data.mdb"]}),
-}
-
-
-def published_files(dataset, root, split):
-    """The files of a published format below `root`, [] without; UserError: not just one set."""
-    names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
-    files = find_files(root) if names and root.is_dir() else [root]
-    found = [file for name in names for file in files if file.match(name)]
-    folders = {str(file.parent) for file in found}
-    if len(folders) > 1:
-        raise UserError(f"several copies of {dataset}, in {' and '.join(folders)}: name one")
-    if 0 < len(found) < len(names):
-        absent = set(names) - {file.name for file in found}
-        raise UserError(f"{min(absent)} of {dataset} is missing beside {found[0]}")
-    return found
-
-
-def open_source(dataset, root, split="train"):
-    """The `Source` of a data set at `root`: its published files, else a folder, zip or npz.
-
-    Raises UserError for one that is empty or damaged, naming the file.
-    """
-    files = published_files(dataset, root, split)
-    if files:
-        with user_errors(Exception, prefix=f"{files[0]} is not readable: "):
-            items, read = PUBLISHED[dataset][0](files)
-            return Source(items, read, size_and_date(root if root.is_dir() else root.parent, files),
-                          split=split)
-    source = open_images(root)
-    if dataset == "celeba":
-        # The official split is by file number; a folder with fewer files than CelebA is used whole.
-        items = source.items[:162_770] if split == "train" else source.items[182_637:]
-        source = source._replace(items=items, split=split)
-    if not len(source.items):
-        raise UserError(f"no {split} images of {dataset} in {root}")
-    return source
-
-
-def find_source(dataset, data_dir=None, split="train"):
-    """The `Source` of a data set in `data_dir`, else in data/<dataset>, downloaded if need be.
-
-    Raises UserError for one that is not there, or that torchvision cannot fetch.
-    """
-    root = Path(data_dir or f"data/{dataset}")
-    makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
-    if dataset not in makers and not data_dir and not root.exists():
-        raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
-    try:
-        return open_source(dataset, root, split)
-    except UserError:  # Not there, or half a download.
-        if data_dir or dataset not in makers:
-            raise
-    tell(f"downloading {dataset} to {root}")
-    # Network, quota, a missing helper package: all end alike.
-    with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
-                                       "name its folder or zip with --data_dir: "):
-        from torchvision import datasets
-        # CelebA takes the split. The others fetch all, and take it as `train`, which is true then.
-        getattr(datasets, makers[dataset])(root, split, download=True)
-    return open_source(dataset, root, split)
-
-
-CACHE = Path("out/cache")
-# The usual 128x128 pixels of CelebA's aligned images, around (89, 121).
-CELEBA_FACE = (25, 57, 153, 185)
-
-
-def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None, split="train",
-                source=None):
-    """A data set as a uint8 array (N, in_channels, image_size, image_size), memory-mapped.
-
-    cache_dir: where the decoded .npy goes, None is `CACHE`. Its name holds a hash of the settings
-        and of the source's names, sizes and dates: others never meet it.
-    source: of `find_source`, where it is open already.
-    """
-    if dataset == "shapes":
-        n, seed = (10_000, 0) if split == "train" else (2000, 1)
-        return shapes(n, image_size, in_channels, seed)
-    source = source or find_source(dataset, data_dir, split)
-    root = Path(data_dir or f"data/{dataset}")
-    folder = Path(cache_dir or CACHE)
-    key = json.dumps([dataset, split, image_size, in_channels, str(root), source.files])
-    key = hashlib.sha256(key.encode()).hexdigest()[:12]
-    cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{key}.npy"
-
-    def decode_one(i):
-        with user_errors(Exception, prefix=f"{source.name(i)} of {root} is not readable: "):
-            image = source.read(source.items[i])
-            aligned = dataset == "celeba" and image.size == (178, 218)
-            return crop_resize(image, image_size, in_channels, CELEBA_FACE if aligned else None)
-
-    def decode(path):
-        n = len(source.items)
-        others = f"; {source.others:,} other files are no images" if source.others else ""
-        tell(f"decoding {n:,} images of {root}{others}")
-        # Written, not memory-mapped: a full disk is an error then, and no signal.
-        tick = ticker("decoding", n)
-        with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            np.lib.format.write_array_header_1_0(file, {
-                "descr": "|u1", "fortran_order": False,
-                "shape": (n, in_channels, image_size, image_size)})
-            for first in range(0, n, 1000):
-                for image in pool.map(decode_one, range(first, min(first + 1000, n))):
-                    file.write(image.tobytes())
-                tick(min(first + 1000, n))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    if not cache.exists():
-        write_atomically(cache, decode)
-    with user_errors(EOFError, ValueError, prefix=f"{cache} is damaged, delete it: "):
-        return np.load(cache, mmap_mode="r")
-
-
-def data_identity(*sources):
-    """What tells data from others: their number and a hash over names and sizes, not dates."""
-    names = [(name, size) for source in sources for name, (size, _) in source.files.items()]
-    return {"files": len(names),
-            "sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}
-
-
-def limit_images(images, limit, seed):
-    """`limit` of the images, chosen by the seed, in their order; 0: all. UserError: too few."""
-    if limit > len(images):
-        raise UserError(f"--limit {limit}: the data set has {len(images)} images")
-    if not limit:
-        return images
-    chosen = np.random.default_rng([LIMIT, seed]).permutation(len(images))[:limit]
-    return images[np.sort(chosen)]
-
-
-CLEAN, NOISY, OUTLIER = 0, 1, 2
-
-
-def choose_corruption(n, noise_p, outlier_p, seed):
-    """Which images are spoiled: uint8 (n,) of CLEAN, NOISY, OUTLIER. Exact shares, in a seed.
-
-    A larger share contains the smaller one's images. Outliers replace whatever was there.
-    """
-    kinds = np.full(n, CLEAN, np.uint8)
-    for kind, share in ((NOISY, noise_p), (OUTLIER, outlier_p)):
-        order = np.random.default_rng([CHOICE, seed, kind]).permutation(n)
-        kinds[order[:round(share * n)]] = kind
-    return kinds
-
-
-class Corruption(NamedTuple):
-    """What spoils a training set, frozen: a function of (seed, index), never stored or re-drawn."""
-
-    kinds: np.ndarray  # of `choose_corruption`, one for each image
-    seed: int
-    noise_std: float = 0.0  # on the [-1, 1] scale
-    noise_blur: float = 0.0  # pixels
-    strangers: np.ndarray | None = None  # uint8 (M, C, H, W): outliers instead of uniform noise
-
-
-def load_corruption(n, config):
-    """The `Corruption` of n images by a run's settings, a dict.  UserError: no --outlier_dir."""
-    strangers = None
-    if config["outlier_dir"]:
-        strangers = load_images("folder", config["image_size"], config["in_channels"],
-                                config["outlier_dir"], config["cache_dir"])
-    kinds = choose_corruption(n, config["noise_p"], config["outlier_p"], config["seed"])
-    return Corruption(kinds, config["seed"], config["noise_std"], config["noise_blur"], strangers)
-
-
-def training_images(images, index, spoil):
-    """The training set's images at `index`, as the model sees them: float32 (B, C, H, W).
-
-    spoil: `Corruption`. On the [-1, 1] scale. NOISY: plus Gaussian noise, not clipped.
-    OUTLIER: uniform noise or a stranger instead.
-    """
-    x = torch.from_numpy(images[index]).float() / 127.5 - 1
-    for row in np.flatnonzero(spoil.kinds[index]):
-        rng = np.random.default_rng([CORRUPT, spoil.seed, int(index[row])])
-        if spoil.kinds[index[row]] == NOISY:
-            noise = rng.standard_normal(x[row].shape, np.float32)
-            if spoil.noise_blur:
-                noise = gaussian_filter(noise, (0, spoil.noise_blur, spoil.noise_blur), mode="wrap")
-                noise = noise / np.sqrt(np.mean(noise**2))
-            x[row] += spoil.noise_std * torch.from_numpy(noise)
-        elif spoil.strangers is not None:
-            other = spoil.strangers[rng.integers(len(spoil.strangers))]
-            x[row] = torch.from_numpy(np.array(other)).float() / 127.5 - 1
-        else:
-            x[row] = 2 * torch.from_numpy(rng.random(x[row].shape, np.float32)) - 1
-    return x
-
-
-def own_noise(images, index, spoil):
-    """Each training image's own estimate of its noise, see `noise_estimate`: float32 (len(index),).
-
-    Blind: it sees what the model sees, and knows nothing of `spoil`.
-    """
-    found, tick = [], ticker("noise estimates", len(index))
-    for first in range(0, len(index), 100):
-        part = index[first:first + 100]
-        found.append(noise_estimate(training_images(images, part, spoil)))
-        tick(first + len(part))
-    return torch.cat(found)
-
-
-def choose_images(images, spoil, config):
-    """The indices that a run trains on, and with --filter the noise of each image, else None.
-
-    The noise is the image's own estimate, or 0 below the threshold: texture is no noise.
-    """
-    chosen, limit = np.arange(len(images)), config["filter"]
-    if not limit:
-        return chosen, None
-    estimates = own_noise(images, chosen, spoil)
-    if limit == "half":
-        limit = estimates.median().item() / 2
-    noise = torch.where(estimates < limit, 0, estimates)
-    if config["mode"] != "aware":  # That takes all.
-        chosen = chosen[(noise == 0).numpy()]
-    if not len(chosen):
-        raise UserError(f"--filter {limit:.3g} leaves no image: 10 % of their estimates are below "
-                        f"{estimates.quantile(0.1):.3f}")
-    tell(f"--filter {limit:.3g} takes {(noise == 0).sum():,} as clean")
-    return chosen, noise
-
-
-@lru_cache(maxsize=4)
-def permutation(seed, epoch, n):
-    """The order of one pass over n images."""
-    return np.random.default_rng([ORDER, seed, epoch]).permutation(n)
-
-
-def batch_index(step, batch_size, n, seed):
-    """Indices of the global batch of a step: an endless row of shuffled passes, cut to size."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([permutation(seed, k // n, n)[k % n] for k in positions])
-
+                    finite, lock_folder, noise_estimate, number, numbered, open_images, run_cli,
+                    save_grid, seed_for, setup_device, size_and_date, tell, ticker, to_uint8,
+                    user_errors, write_atomically, write_json)
 
 # ---------- Settings: default < preset of the data set < a stored run's < flag
 
@@ -558,66 +252,6 @@ def parse_args(argv=None):
     return args, saved
 
 
-# ---------- Run folder
-
-DIGITS = "[0-9]" * 7
-RUN_FILES = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.png",
-             "curves.png", f"samples_{DIGITS}.png")
-
-
-def run_files(out):
-    """The files in a folder that have the names of a run's."""
-    return [path for pattern in RUN_FILES for path in out.glob(pattern)]
-
-
-def drop_beyond(out, step):
-    """Drop what a run will make (again) from `step` on: log lines, checkpoints and samples."""
-    kept = []
-    log = out / "log.jsonl"
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        # A kill may cut a line short.
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
-    for path in run_files(out):
-        if path.stem[-7:].isdigit() and int(path.stem[-7:]) > step:
-            path.unlink()
-
-
-def draw_curves(out):
-    """curves.png from log.jsonl: the loss and its parts, the gradient's norm, the learning rate."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    sheet = Image.new("RGB", (3 * 320, 320), "white")
-    for i, (title, names, scale) in enumerate((
-            ("log10 of the loss", ("loss", "dsm", "reg"), np.log10),
-            ("log10 of the gradient's norm", ("grad_norm",), np.log10),
-            ("learning rate", ("lr",), np.asarray))):
-        curves = {name: [(row["step"], scale(row[name])) for row in rows
-                         if isinstance(row.get(name), float) and row[name] > 0] for name in names}
-        curves = {name: points for name, points in curves.items() if points}
-        if curves:
-            sheet.paste(draw_chart(curves, "step", title, size=320), (i * 320, 0))
-    sheet.save(out / "curves.png")
-
-
-def save_checkpoint(out, state, keep):
-    """Write ckpt.pt, whole at every moment; keep > 1 also as ckpt_<step>.pt, the newest `keep`."""
-    buffer = io.BytesIO()  # Of a full disk torch.save makes an error of its own.
-    torch.save(state, buffer)
-
-    def save(temporary):
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-
-    for name in ["ckpt.pt", f"ckpt_{state['step']:07d}.pt"][:keep]:
-        write_atomically(out / name, save)
-    for old in sorted(out.glob(f"ckpt_{DIGITS}.pt"))[:-keep if keep > 1 else None]:
-        old.unlink()
-
-
 # ---------- Training
 
 
@@ -652,39 +286,6 @@ def update(objective, parts, weights, averages, optimizer, scaler, autocast, gra
     return total
 
 
-def log_line(row, steps):
-    """A row of log.jsonl for the screen, in less than 120 characters."""
-    shown = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", "dsm", "reg", "grad_norm")
-                      if name in row)
-    return (f"step {row['step']:,}/{steps:,}  {shown}  {row['img_s']:.0f} img/s  "
-            f"{row['s_step']:.3f} s/step  data {row['data_wait']:.0%}  "
-            f"ETA {duration(row['eta_s'])}")
-
-
-def any_rank(signals, world):
-    """The signal that any process has received, 0 without; all wait here, but for no GPU."""
-    number = torch.tensor(max(signals, default=0))
-    if world > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
-
-
-def catch_signals():
-    """A list that gets the number of a signal to stop; a second one ends a lone process at once."""
-    received = []
-    alone = not (dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ)
-
-    def note(number, _):
-        received.append(number)
-        if alone:  # torchrun repeats a signal to whoever still saves, and kills after 30 s.
-            signal.signal(number, signal.SIG_DFL)
-
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(name) != signal.SIG_IGN:  # As nohup sets it.
-            signal.signal(name, note)
-    return received
-
-
 def main(argv=None):
     """Train a run; returns 128 + the signal that stopped it, else None."""
     # --- settings: whatever can be wrong is found before anything is written
@@ -697,10 +298,7 @@ def main(argv=None):
     tell(f"output {out}")
 
     start = saved["step"] if args.resume else 0
-    there = [] if args.resume else run_files(out)
-    if there and not set(UNET_KEYS) <= read_json(out / "config.json").keys():
-        raise UserError(f"{there[0]} is of no run that could be replaced: take another --out")
-    if there and not args.overwrite:
+    if run_files(out) and not (args.resume or args.overwrite):
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
     if start >= cfg.steps:
         raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
@@ -790,17 +388,13 @@ def main(argv=None):
          f"{forward_units(cfg.mode, perturbation):.3g} forward-units a step, "
          f"{world} x {device.type}, {torch.get_num_threads()} threads, amp {amp}, "
          f"compile {'on' if compiled else 'off'}")
-    tell("look at data.png for what it is trained on, "
-         + "samples_*.png for what it draws, " * (cfg.t_max == 1) + "curves.png; losses fall")
 
     # --- run folder: claimed now, and written to once the first step has succeeded
 
     if lead:
-        out.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(out)  # noqa: F841  held until the process ends
 
     def claim():
-        remove_leftovers(out)
         for path in run_files(out) if args.overwrite else []:
             path.unlink()
         drop_beyond(out, start)
@@ -911,14 +505,393 @@ def main(argv=None):
         tell(f"stopped by {name} at step {step:,}; saved, --resume continues")
         return 128 + stopped_by
     tell(f"done: step {step:,} after {duration(time.perf_counter() - began)}, see {out}")
-    if cfg.t_max < 1:
-        tell(f"next: python sample.py {cfg.init_from} --expert {out}")
-    elif str(out) in ("out/shapes-dsm", "out/shapes-adv"):
-        other = "adv" if cfg.mode == "dsm" else "dsm"
-        tell(f"next: python train.py --mode {other}, and then python evaluate.py "
-             "quality out/shapes-dsm out/shapes-adv --num 1000 --features pixels")
-    else:
-        tell(f"next: python sample.py {out}")
+    tell("next: python sample.py "
+         + (f"{cfg.init_from} --expert {out}" if cfg.t_max < 1 else f"{out}"))
+
+
+# ---------- Signals, and the screen
+
+
+def any_rank(signals, world):
+    """The signal that any process has received, 0 without; all wait here, but for no GPU."""
+    number = torch.tensor(max(signals, default=0))
+    if world > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def catch_signals():
+    """A list that gets the number of a signal to stop; a second one ends a lone process at once."""
+    received = []
+    alone = not (dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ)
+
+    def note(number, _):
+        received.append(number)
+        if alone:  # torchrun repeats a signal to whoever still saves, and kills after 30 s.
+            signal.signal(number, signal.SIG_DFL)
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(name) != signal.SIG_IGN:  # As nohup sets it.
+            signal.signal(name, note)
+    return received
+
+
+def log_line(row, steps):
+    """A row of log.jsonl for the screen, in less than 120 characters."""
+    shown = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", "dsm", "reg", "grad_norm")
+                      if name in row)
+    return (f"step {row['step']:,}/{steps:,}  {shown}  {row['img_s']:.0f} img/s  "
+            f"{row['s_step']:.3f} s/step  data {row['data_wait']:.0%}  "
+            f"ETA {duration(row['eta_s'])}")
+
+
+# ---------- Run folder
+
+DIGITS = "[0-9]" * 7
+RUN_FILES = ("ckpt.pt", f"ckpt_{DIGITS}.pt", "config.json", "log.jsonl", "data.png",
+             "curves.png", f"samples_{DIGITS}.png")
+
+
+def run_files(out):
+    """The files in a folder that have the names of a run's."""
+    return [path for pattern in RUN_FILES for path in out.glob(pattern)]
+
+
+def drop_beyond(out, step):
+    """Drop what a run will make (again) from `step` on: log lines, checkpoints and samples."""
+    log, kept = out / "log.jsonl", []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):  # A kill may cut a line short.
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
+    for path in run_files(out):
+        if path.stem[-7:].isdigit() and int(path.stem[-7:]) > step:
+            path.unlink()
+
+
+def draw_curves(out):
+    """curves.png from log.jsonl: the loss and its parts, the gradient's norm, the learning rate."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    sheet = Image.new("RGB", (3 * 320, 320), "white")
+    for i, (title, names, scale) in enumerate((
+            ("log10 of the loss", ("loss", "dsm", "reg"), np.log10),
+            ("log10 of the gradient's norm", ("grad_norm",), np.log10),
+            ("learning rate", ("lr",), np.asarray))):
+        curves = {name: [(row["step"], scale(row[name])) for row in rows
+                         if isinstance(row.get(name), float) and row[name] > 0] for name in names}
+        curves = {name: points for name, points in curves.items() if points}
+        if curves:
+            sheet.paste(draw_chart(curves, "step", title, size=320), (i * 320, 0))
+    sheet.save(out / "curves.png")
+
+
+def save_checkpoint(out, state, keep):
+    """Write ckpt.pt, whole at every moment; keep > 1 also as ckpt_<step>.pt, the newest `keep`."""
+    with user_errors(RuntimeError, prefix=f"{out} cannot be written: "):  # As of a full disk.
+        for name in ["ckpt.pt", f"ckpt_{state['step']:07d}.pt"][:keep]:
+            write_atomically(out / name, lambda temporary: torch.save(state, temporary))
+    for old in sorted(out.glob(f"ckpt_{DIGITS}.pt"))[:-keep if keep > 1 else None]:
+        old.unlink()
+
+
+# ---------- Data: every set becomes one uint8 array (N, C, H, W)
+
+
+def shapes(n, size, channels, seed):
+    """n anti-aliased coloured discs and boxes on dark grey: uint8 (n, channels, size, size)."""
+    rng = np.random.default_rng([SHAPES, seed])
+
+    def uniform(low, high):
+        return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+
+    pixel = np.arange(size, dtype=np.float32) + 0.5
+    dx = abs(pixel[None, None, :] - size * uniform(0.35, 0.65))
+    dy = abs(pixel[None, :, None] - size * uniform(0.35, 0.65))
+    radius, width, height = (size * uniform(0.15, 0.33) for _ in range(3))
+    is_disc = rng.random((n, 1, 1)) < 0.5
+    # The signed distance to the outline, in pixels.
+    distance = np.where(is_disc, np.hypot(dx, dy) - radius, np.maximum(dx - width, dy - height))
+    cover = np.clip(0.5 - distance, 0, 1)[:, None]
+    hue = 6 * uniform(0, 1)[..., None] + np.array([0, 4, 2], np.float32)[None, :, None, None]
+    colour = np.clip(abs(hue % 6 - 3) - 1, 0, 1)
+    if channels == 1:
+        colour = 0.5 + 0.5 * colour[:, :1]
+    return np.round(255 * (0.15 + (colour - 0.15) * cover)).astype(np.uint8)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads CIFAR-10's batches: numpy arrays and plain values, nothing that could run."""
+
+    def find_class(self, module, name):
+        known = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
+        if known or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
+
+
+def open_cifar(files):
+    """CIFAR-10's python batches: (names, read) of a `Source`."""
+    batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
+    images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    return numbered(images.transpose(0, 2, 3, 1))
+
+
+def open_idx(files):
+    """(Fashion-)MNIST's gzipped idx file: (names, read)."""
+    with gzip.open(files[0]) as file:
+        shape = np.frombuffer(file.read(16), ">i4")[1:]
+        return numbered(np.frombuffer(file.read(), np.uint8).reshape(shape))
+
+
+def open_lsun(files):
+    """LSUN's lmdb: (names, read). torchvision's reader pickles its keys into the current folder."""
+    import lmdb
+    base = lmdb.open(str(files[0].parent), readonly=True, lock=False)
+    with base.begin() as transaction:
+        keys = list(transaction.cursor().iternext(values=False))
+
+    def read(key):
+        with base.begin() as transaction:  # A transaction serves one thread only.
+            return Image.open(io.BytesIO(transaction.get(key)))
+
+    return keys, read
+
+
+# The formats that data sets are published in: a reader, and the files of each split.
+PUBLISHED = {
+    "cifar10": (open_cifar, {"train": [f"data_batch_{i}" for i in range(1, 6)],
+                             "test": ["test_batch"]}),
+    "fashion_mnist": (open_idx, {"train": ["train-images-idx3-ubyte.gz"],
+                                 "test": ["t10k-images-idx3-ubyte.gz"]}),
+    "lsun_bedroom": (open_lsun, {"train": ["bedroom_train_lmdb/data.mdb"],
+                                 "test": ["bedroom_val_lmdb/data.mdb"]}),
+}
+
+
+def published_files(dataset, root, split):
+    """The files of a published format in the first folder below `root` that has one, else []."""
+    names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
+    for file in find_files(root) if names else []:
+        if file.match(names[0]):
+            return [Path(str(file).removesuffix(names[0]), name) for name in names]
+    return []
+
+
+def open_source(dataset, root, split="train"):
+    """The `Source` of a data set at `root`: its published files, else a folder, zip or npz.
+
+    Raises UserError for one that is empty or damaged, naming the file.
+    """
+    files = published_files(dataset, root, split)
+    if files:
+        with user_errors(Exception, prefix=f"{files[0]} is not readable: "):
+            return Source(*PUBLISHED[dataset][0](files), size_and_date(root, files), split)
+    source = open_images(root)
+    if dataset == "celeba":
+        # The official split is by file number; a folder with fewer files than CelebA is used whole.
+        names = source.names[:162_770] if split == "train" else source.names[182_637:]
+        source = source._replace(names=names, split=split)
+    if not source.names:
+        raise UserError(f"no {split} images of {dataset} in {root}")
+    return source
+
+
+def find_source(dataset, data_dir=None, split="train"):
+    """The `Source` of a data set in `data_dir`, else in data/<dataset>, downloaded if need be.
+
+    Raises UserError for one that is not there, or that torchvision cannot fetch.
+    """
+    root = Path(data_dir or f"data/{dataset}")
+    makers = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "celeba": "CelebA"}
+    if dataset not in makers and not data_dir and not root.exists():
+        raise UserError(f"--dataset {dataset} needs --data_dir: the folder or zip that holds it")
+    try:
+        return open_source(dataset, root, split)
+    except UserError:  # Not there, or half a download.
+        if data_dir or dataset not in makers:
+            raise
+    tell(f"downloading {dataset} to {root}")
+    # Network, quota, a missing helper package: all end alike.
+    with user_errors(Exception, prefix=f"{dataset} could not be downloaded, fetch it by hand and "
+                                       "name its folder or zip with --data_dir: "):
+        from torchvision import datasets
+        # CelebA takes the split. The others fetch all, and take it as `train`, which is true then.
+        getattr(datasets, makers[dataset])(root, split, download=True)
+    return open_source(dataset, root, split)
+
+
+CACHE = Path("out/cache")
+# The usual 128x128 pixels of CelebA's aligned images, around (89, 121).
+CELEBA_FACE = (25, 57, 153, 185)
+
+
+def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None, split="train",
+                source=None):
+    """A data set as a uint8 array (N, in_channels, image_size, image_size), memory-mapped.
+
+    cache_dir: where the decoded .npy goes, None is `CACHE`. Its name holds a hash of the settings
+        and of the source's names, sizes and dates: others never meet it.
+    source: of `find_source`, where it is open already.
+    """
+    if dataset == "shapes":
+        n, seed = (10_000, 0) if split == "train" else (2000, 1)
+        return shapes(n, image_size, in_channels, seed)
+    source = source or find_source(dataset, data_dir, split)
+    root = Path(data_dir or f"data/{dataset}")
+    folder = Path(cache_dir or CACHE)
+    key = json.dumps([dataset, split, image_size, in_channels, str(root), source.files])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = folder / f"{dataset}-{split}-{image_size}x{in_channels}-{key}.npy"
+
+    def decode_one(name):
+        with user_errors(Exception, prefix=f"{name} of {root} is not readable: "):
+            image = source.read(name)
+            aligned = dataset == "celeba" and image.size == (178, 218)
+            return crop_resize(image, image_size, in_channels, CELEBA_FACE if aligned else None)
+
+    def decode(path):
+        n = len(source.names)
+        tell(f"decoding {n:,} images of {root}")
+        tick = ticker("decoding", n)
+        # Written, not memory-mapped: a full disk is an error then, and no signal.
+        with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": "|u1", "fortran_order": False,
+                "shape": (n, in_channels, image_size, image_size)})
+            for first in range(0, n, 1000):
+                for image in pool.map(decode_one, source.names[first:first + 1000]):
+                    file.write(image.tobytes())
+                tick(min(first + 1000, n))
+
+    with lock_folder(folder, wait=True):  # Two runs that begin together decode once.
+        if not cache.exists():
+            write_atomically(cache, decode)
+    with user_errors(EOFError, ValueError, prefix=f"{cache} is damaged, delete it: "):
+        return np.load(cache, mmap_mode="r")
+
+
+def data_identity(*sources):
+    """What tells data from others: their number and a hash over names and sizes, not dates."""
+    names = [(name, size) for source in sources for name, (size, _) in source.files.items()]
+    return {"files": len(names),
+            "sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}
+
+
+def limit_images(images, limit, seed):
+    """`limit` of the images, chosen by the seed, in their order; 0: all. UserError: too few."""
+    if limit > len(images):
+        raise UserError(f"--limit {limit}: the data set has {len(images)} images")
+    if not limit:
+        return images
+    chosen = np.random.default_rng([LIMIT, seed]).permutation(len(images))[:limit]
+    return images[np.sort(chosen)]
+
+
+@lru_cache(maxsize=4)
+def permutation(seed, epoch, n):
+    """The order of one pass over n images."""
+    return np.random.default_rng([ORDER, seed, epoch]).permutation(n)
+
+
+def batch_index(step, batch_size, n, seed):
+    """Indices of the global batch of a step: an endless row of shuffled passes, cut to size."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([permutation(seed, k // n, n)[k % n] for k in positions])
+
+
+# ---------- Corruption, and what is filtered out of it
+
+CLEAN, NOISY, OUTLIER = 0, 1, 2
+
+
+def choose_corruption(n, noise_p, outlier_p, seed):
+    """Which images are spoiled: uint8 (n,) of CLEAN, NOISY, OUTLIER. Exact shares, in a seed.
+
+    A larger share contains the smaller one's images. Outliers replace whatever was there.
+    """
+    kinds = np.full(n, CLEAN, np.uint8)
+    for kind, share in ((NOISY, noise_p), (OUTLIER, outlier_p)):
+        order = np.random.default_rng([CHOICE, seed, kind]).permutation(n)
+        kinds[order[:round(share * n)]] = kind
+    return kinds
+
+
+class Corruption(NamedTuple):
+    """What spoils a training set, frozen: a function of (seed, index), never stored or re-drawn."""
+
+    kinds: np.ndarray  # of `choose_corruption`, one for each image
+    seed: int
+    noise_std: float = 0.0  # on the [-1, 1] scale
+    noise_blur: float = 0.0  # pixels
+    strangers: np.ndarray | None = None  # uint8 (M, C, H, W): outliers instead of uniform noise
+
+
+def load_corruption(n, config):
+    """The `Corruption` of n images by a run's settings, a dict.  UserError: no --outlier_dir."""
+    strangers = None
+    if config["outlier_dir"]:
+        strangers = load_images("folder", config["image_size"], config["in_channels"],
+                                config["outlier_dir"], config["cache_dir"])
+    kinds = choose_corruption(n, config["noise_p"], config["outlier_p"], config["seed"])
+    return Corruption(kinds, config["seed"], config["noise_std"], config["noise_blur"], strangers)
+
+
+def training_images(images, index, spoil):
+    """The training set's images at `index`, as the model sees them: float32 (B, C, H, W).
+
+    spoil: `Corruption`. On the [-1, 1] scale. NOISY: plus Gaussian noise, not clipped.
+    OUTLIER: uniform noise or a stranger instead.
+    """
+    x = torch.from_numpy(images[index]).float() / 127.5 - 1
+    for row in np.flatnonzero(spoil.kinds[index]):
+        rng = np.random.default_rng([CORRUPT, spoil.seed, int(index[row])])
+        if spoil.kinds[index[row]] == NOISY:
+            noise = rng.standard_normal(x[row].shape, np.float32)
+            if spoil.noise_blur:
+                noise = gaussian_filter(noise, (0, spoil.noise_blur, spoil.noise_blur), mode="wrap")
+                noise = noise / np.sqrt(np.mean(noise**2))
+            x[row] += spoil.noise_std * torch.from_numpy(noise)
+        elif spoil.strangers is not None:
+            other = spoil.strangers[rng.integers(len(spoil.strangers))]
+            x[row] = torch.from_numpy(np.array(other)).float() / 127.5 - 1
+        else:
+            x[row] = 2 * torch.from_numpy(rng.random(x[row].shape, np.float32)) - 1
+    return x
+
+
+def own_noise(images, index, spoil):
+    """Each training image's own estimate of its noise, see `noise_estimate`: float32 (len(index),).
+
+    Blind: it sees what the model sees, and knows nothing of `spoil`.
+    """
+    found, tick = [], ticker("noise estimates", len(index))
+    for first in range(0, len(index), 100):
+        part = index[first:first + 100]
+        found.append(noise_estimate(training_images(images, part, spoil)))
+        tick(first + len(part))
+    return torch.cat(found)
+
+
+def choose_images(images, spoil, config):
+    """The indices that a run trains on, and with --filter the noise of each image, else None.
+
+    The noise is the image's own estimate, or 0 below the threshold: texture is no noise.
+    """
+    chosen, limit = np.arange(len(images)), config["filter"]
+    if not limit:
+        return chosen, None
+    estimates = own_noise(images, chosen, spoil)
+    if limit == "half":
+        limit = estimates.median().item() / 2
+    noise = torch.where(estimates < limit, 0, estimates)
+    if config["mode"] != "aware":  # That takes all.
+        chosen = chosen[(noise == 0).numpy()]
+    if not len(chosen):
+        raise UserError(f"--filter {limit:.3g} leaves no image: 10 % of their estimates are below "
+                        f"{estimates.quantile(0.1):.3f}")
+    tell(f"--filter {limit:.3g} takes {(noise == 0).sum():,} as clean")
+    return chosen, noise
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def labels(dataset, root):
         batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
         return torch.tensor([label for batch in batches for label in batch[b"labels"]])
     # A folder or a zip has one folder for each class.
-    items = open_source(dataset, Path(root)).items
+    items = open_source(dataset, Path(root)).names
     names, numbers = np.unique([Path(item).parent.name for item in items], return_inverse=True)
     if len(names) != 10:
         raise UserError(f"{root}: {dataset} has a folder for each of 10 classes, here are "

