@@ -21,7 +21,6 @@ import gzip
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -43,8 +42,8 @@ sys.path.insert(0, str(ROOT))
 
 from losses import Perturbation, forward_units  # noqa: E402
 from model import read_checkpoint  # noqa: E402
-from sample import (Parser, UserError, check_writable, comma_list, number, run_cli,  # noqa: E402
-                    user_errors, write_atomically, write_json)
+from sample import (Parser, UserError, comma_list, number, run_cli, write_atomically,  # noqa: E402
+                    write_json)
 from train import ArrayUnpickler, load_images, open_source, published_files  # noqa: E402
 
 RESULTS = ROOT / "assets/results.json"
@@ -157,27 +156,21 @@ def units(row):
 def source(dataset, args):
     """What names the data set to the scripts: {flag: value}."""
     folder = args.cifar10_dir if dataset == "cifar10" else args.data_dir
-    flags = {"data_dir": folder, "cache_dir": args.cache_dir}
-    return {flag: value for flag, value in flags.items() if value}
+    return {"data_dir": folder} if folder else {}
 
 
 def labels(dataset, root):
-    """The classes of the training images, int64 (N,), in their order; UserError: not there."""
-    files = published_files(dataset, Path(root), "train")
+    """The classes of the training images, int64 (N,), in their order."""
+    files = published_files(dataset, root, "train")
     if dataset == FASHION:
-        with (user_errors(OSError, IndexError, prefix=f"no labels of {dataset} in {root}: "),
-              gzip.open(str(files[0]).replace("images-idx3", "labels-idx1")) as file):
+        with gzip.open(str(files[0]).replace("images-idx3", "labels-idx1")) as file:
             return torch.tensor(list(file.read()[8:]))
     if files:
         batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
         return torch.tensor([label for batch in batches for label in batch[b"labels"]])
     # A folder or a zip has one folder for each class.
-    items = open_source(dataset, Path(root)).names
-    names, numbers = np.unique([Path(item).parent.name for item in items], return_inverse=True)
-    if len(names) != 10:
-        raise UserError(f"{root}: {dataset} has a folder for each of 10 classes, here are "
-                        f"{len(names)}")
-    return torch.from_numpy(numbers)
+    names = [Path(item).parent.name for item in open_source(dataset, root).items]
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1])
 
 
 class Classifier(nn.Module):
@@ -211,7 +204,7 @@ def classifier(dataset, args):
     if dataset == "strangers":
         truth = torch.arange(2).repeat_interleave(torch.tensor([len(part) for part in images]))
     else:
-        truth = labels(dataset, source(dataset, args).get("data_dir", f"data/{dataset}"))
+        truth = labels(dataset, Path(source(dataset, args).get("data_dir", f"data/{dataset}")))
     images = torch.from_numpy(np.concatenate(images)).expand(-1, 3, -1, -1)
     torch.manual_seed(0)
     net = Classifier(channels)
@@ -239,19 +232,15 @@ def stranger_share(images, args):
 
 # ---------- Runs
 
-running = set()
 training = defaultdict(Lock)  # Rows of one run wait for each other.
 
 
 def call(script, *argv, log):
     """One of the project's scripts in a process with one thread; UserError when it fails."""
     with open(log, "a") as file:
-        process = subprocess.Popen(
+        code = subprocess.run(
             [sys.executable, ROOT / script, *map(str, argv)], stdout=file,
-            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    running.add(process)
-    code = process.wait()
-    running.discard(process)
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if code:
         raise UserError(f"{script} failed with status {code}: see {log}")
 
@@ -275,16 +264,15 @@ def train(column, row, steps, seed, folder, args):
         train(column, plain, steps, seed, flags["init_from"], args)
         steps //= 4
     with training[folder]:
-        saved = 0
-        if (folder / "ckpt.pt").exists():
-            with user_errors(ValueError):
-                saved = read_checkpoint(folder)["step"]
-            flags.pop("init_from", None)
+        saved = read_checkpoint(folder)["step"] if (folder / "ckpt.pt").exists() else 0
         if saved > steps:
             raise UserError(f"{folder} is at step {saved}, beyond {steps}: studies of fewer steps "
                             "come first, or take another --out")
         if saved < steps:
-            how = ["--resume"] if saved else [*COMMON.split(), "--overwrite"]
+            how = [*COMMON.split(), "--overwrite"]
+            if saved:
+                how = ["--resume"]
+                flags.pop("init_from", None)
             call("train.py", "--out", folder, "--steps", steps, *how, *as_flags(flags),
                  log=f"{folder}.log")
 
@@ -305,47 +293,47 @@ def run_one(column, row, seed, args):
     path = result_path(column, row, seed, args)
     if path.exists():
         return
-    folder = path.parent
     print(f"{column} {row} {seed}: begun", flush=True)
+    folder = run = path.parent
     folder.parent.mkdir(parents=True, exist_ok=True)
     train(column, run_of(row), args.steps, seed, folder, args)
+
     extra, most, _ = COMMANDS[args.command]
     dataset = COLUMNS[column][1].get("dataset", FASHION)
-    flags = {"num": min(args.num, most), "seed": seed, "json": path, "device": args.device,
-             **source(dataset, args)}
+    how = {"num": min(args.num, most), "seed": seed, "device": args.device}
     if "stop" in ROWS[row][1]:
-        flags["stop"] = ROWS[row][1]["stop"]
-    if args.command == "denoise" and dataset == "cifar10" and args.cifar10_test:
-        flags["data_dir"] = args.cifar10_test
-    if args.command != "denoise":
+        how["stop"] = ROWS[row][1]["stop"]
+    if plain := ROWS[run_of(row)][1].get("expert_of"):
+        run, how["expert"] = folder.with_name(f"{plain}-{seed}"), folder
+    flags = {"json": path, **source(dataset, args)}
+    if args.command == "denoise":
+        if dataset == "cifar10" and args.cifar10_test:
+            flags["data_dir"] = args.cifar10_test
+    else:
         flags["png"] = path.with_suffix(".png")
         flags |= ({"holdout": dataset} if args.command == "memorization" else
                   {"features": args.classifiers[dataset]})
-    run = folder
-    if plain := ROWS[run_of(row)][1].get("expert_of"):
-        run, flags["expert"] = folder.with_name(f"{plain}-{seed}"), folder
-    drawn = None
-    if args.command == "quality" and "outlier_dir" in COLUMNS[column][1]:
+    has_strangers = args.command == "quality" and "outlier_dir" in COLUMNS[column][1]
+    if has_strangers:  # Its samples are looked at twice.
         drawn, flags["reference"] = path.with_suffix(""), dataset
-        how = {key: flags[key] for key in ("num", "seed", "device", "stop", "expert")
-               if key in flags}
         call("sample.py", run, *extra.split(), *as_flags({**how, "out": drawn}),
              log=f"{folder}.log")
-    call("evaluate.py", args.command, drawn or run, *extra.split(), *as_flags(flags),
+        run = drawn
+    call("evaluate.py", args.command, run, *extra.split(), *as_flags({**how, **flags}),
          log=f"{folder}.log")
-    if drawn:
-        data = json.loads(path.read_text())
+    if has_strangers:
+        figures = json.loads(path.read_text())
         images = np.load(drawn / "samples.npz")["arr_0"].transpose(0, 3, 1, 2)
         clean = load_images(dataset, 16, 1, **source(dataset, args))
-        data["strangers"], data["strangers_reference"] = (
-            stranger_share(some, args) for some in (images, clean))
-        write_json(path, data)
+        figures["strangers"] = stranger_share(images, args)
+        figures["strangers_reference"] = stranger_share(clean, args)
+        write_json(path, figures)
     print(f"{column} {row} {seed}: done", flush=True)
 
 
 def run_all(args):
     """Train and measure what is missing of the study; the errors of the runs that failed."""
-    check_writable(args.out / "classifier.pt")
+    args.out.mkdir(parents=True, exist_ok=True)
     datasets = {COLUMNS[column][1].get("dataset", FASHION) for column in args.columns}
     if any("outlier_dir" in COLUMNS[column][1] for column in args.columns):
         datasets.add("strangers")
@@ -360,14 +348,8 @@ def run_all(args):
 
     runs = [(column, row, seed) for seed, column, row in itertools.product(
         args.seeds, args.columns, args.rows) if (column, row) != ("all.2", "filter")]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        with ThreadPool(args.workers) as pool:
-            return [*filter(None, pool.imap_unordered(error_of, runs))]
-    finally:
-        for process in list(running):  # A run without its driver would meet the next one's.
-            process.terminate()
-            process.wait()
+    with ThreadPool(args.workers) as pool:
+        return [*filter(None, pool.imap_unordered(error_of, runs))]
 
 
 # ---------- Results: a list of records {study, heading, title, command, columns, rows}, some with
@@ -415,19 +397,14 @@ def record(args):
     known = next((one for one in records if one["study"] == args.study), None)
     if known is None:
         raise UserError(f"{RESULTS} has no record {args.study}: add one, its rows empty")
-    places = ["clean images", *ROWS]
 
     def identity(row):
-        return [row.get(name) for name in ("trained on", "row", "training steps", "seed")]
+        return tuple(row.get(name) for name in ("trained on", "row", "training steps", "seed"))
 
-    def order(row):
-        """The data, its clean images first, then as ROWS has them."""
-        return ([*COLUMNS, row["trained on"]].index(row["trained on"]),
-                [*places, row["row"]].index(row["row"]), row.get("seed", 0))
-
-    new = [identity(row) for row in rows]
-    old = [row for row in known["rows"] if identity(row) not in new]
-    known["rows"] = sorted(old + rows, key=order)
+    merged = {identity(row): row for row in [*known["rows"], *rows]}
+    names = [*COLUMNS, "clean images", *ROWS]
+    known["rows"] = sorted(merged.values(), key=lambda row: (
+        names.index(row["trained on"]), names.index(row["row"]), row.get("seed", 0)))
     for name in itertools.chain(*rows):
         if name not in (*known["columns"], "provenance"):
             known["columns"].append(name)
@@ -517,10 +494,9 @@ def picture(args):
 
     The attack's have a row for each attack; above the others are the training images.
     """
-    tiles, margin, head = 16 // len(args.columns), 190, 20 * (len(args.columns) > 1)
-    width, pen = 50 * tiles + 2, {"fill": "black", "font": ImageFont.load_default(13)}
-    strips = {}  # {label: {number of the column: image}}
-    for row, (i, column) in itertools.product(args.rows, enumerate(args.columns)):
+    width = 50 * min(8, 16 // len(args.columns)) + 2
+    strips = defaultdict(dict)  # {label: {column: image}}
+    for row, column in itertools.product(args.rows, args.columns):
         result = result_path(column, row, args.seeds[0], args)
         if not result.exists():
             continue
@@ -529,29 +505,27 @@ def picture(args):
             names = [f"{names[0]}:\n{one['attack']}"
                      for one in json.loads(result.read_text())["rows"]]
         else:
-            # The first two rows of train.py's picture, eight tiles each, as one row.
             data = Image.open(result.parent / "data.png")
-            strip = Image.new("RGB", (802, 52), "white")
-            strip.paste(data.crop((0, 0, 402, 52)), (0, 0))
-            strip.paste(data.crop((0, 50, 402, 102)), (400, 0))
-            strips.setdefault("training data", {}).setdefault(i, strip)
-        part = Image.open(result.with_suffix(".png"))
-        for k, name in enumerate(names):  # evaluate.py's own labels, on the left, are cut off.
-            box = (part.width - 802, 50 * k, part.width, 50 * k + 52)
-            strips.setdefault(name, {})[i] = part.crop(box)
+            strips["training data"][column] = data.crop((0, 0, width, 52))
+        images = Image.open(result.with_suffix(".png"))
+        left = images.width - 802  # evaluate.py's own labels are cut off.
+        for k, name in enumerate(names):
+            strips[name][column] = images.crop((left, 50 * k, left + width, 50 * k + 52))
     if not strips:
         raise UserError(f"no pictures of {args.study} in {args.out}")
-    whole = Image.new("RGB", (margin + len(args.columns) * (width + 8) - 8,
-                              head + 52 * len(strips)), "white")
-    draw, top = ImageDraw.Draw(whole), head
-    for i, column in enumerate(args.columns if head else ()):
-        draw.text((margin + i * (width + 8), 2), LABELS[column], **pen)
-    for name, parts in strips.items():
+
+    margin, head, pen = 190, 20, {"fill": "black", "font": ImageFont.load_default(13)}
+    places = {column: margin + i * (width + 8) for i, column in enumerate(args.columns)}
+    sheet = Image.new("RGB", (margin + len(places) * (width + 8) - 8, head + 52 * len(strips)),
+                      "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, left in places.items():
+        draw.text((left, 2), LABELS[column], **pen)
+    for top, (name, parts) in zip(itertools.count(head, 52), strips.items()):
         draw.text((4, top + 26), name, anchor="lm", **pen)
-        for i, part in parts.items():
-            whole.paste(part.crop((0, 0, width, 52)), (margin + i * (width + 8), top))
-        top += 52
-    whole.save(args.picture, optimize=True)
+        for column, part in parts.items():
+            sheet.paste(part, (places[column], top))
+    sheet.save(args.picture, optimize=True)
 
 
 # ---------- Command line
@@ -579,7 +553,6 @@ def parse_args(argv=None):
     flag("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
     flag("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
     flag("--cifar10_test", help="its test images, where --cifar10_dir has none: for denoise")
-    flag("--cache_dir", help="folder of the decoded images; else out/cache")
     flag("--out", type=Path, default=Path("out/evidence"), help="folder of the runs")
     args = p.parse_args(argv)
     args.command, columns, rows = STUDIES[args.study]
@@ -594,12 +567,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list:
         for study, (command, columns, rows) in STUDIES.items():
-            runs = {*map(run_of, rows)}
-            shared = [ROWS[run][1]["expert_of"] for run in runs if "expert_of" in ROWS[run][1]]
-            total = sum(map(units, runs)) - sum(map(units, shared))
-            total *= len(columns) * args.steps
-            print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; `{command}`; {total:,.0f} "
-                  "forward-units of 64 images a seed if nothing is there yet")
+            total = sum(map(units, {*map(run_of, rows)})) * len(columns) * args.steps
+            print(f"{study}: {', '.join(rows)}; {', '.join(columns)}; `{command}`; at most "
+                  f"{total:,.0f} forward-units of 64 images a seed")
         return
     if args.render:
         return render()
@@ -607,8 +577,7 @@ def main(argv=None):
         return picture(args)
     failed = [] if args.tables else run_all(args)
     rows = collect(args)
-    columns = max(rows, key=len, default=())
-    columns = [name for name in columns if name != "provenance"]
+    columns = [name for name in max(rows, key=len, default=()) if name != "provenance"]
     print(table(columns, rows) if rows else "nothing is measured yet")
     if args.record:
         record(args)
