@@ -11,10 +11,9 @@
 A run is `train.py` with a network of 1.1 M parameters on Fashion-MNIST at 16x16 (60,000 images,
 area-downsampled), or on CIFAR-10, and then a command of `evaluate.py` on the EMA weights. Each
 lives in OUT/<column>/<row>-<seed>, with its log and <command>-<steps>-<num>.json. A driver that was
-stopped goes on where it was. The studies share runs, and more --steps continue those of fewer, but
-not the other way round. The Frechet distance and KID look at the features of a small classifier,
-OUT/classifier.pt, which is trained first on the clean labelled images. They compare with nothing
-published.
+stopped goes on where it was; more --steps continue the runs of fewer, not the other way round. The
+Frechet distance and KID look at the features of a small classifier, OUT/classifier.pt, which is
+trained first on the clean labelled images: they compare with nothing published.
 """
 
 import gzip
@@ -23,14 +22,10 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections import defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Lock
-
-# See sample.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -235,31 +230,26 @@ def stranger_share(images, args):
 training = defaultdict(Lock)  # Rows of one run wait for each other.
 
 
-def call(script, *argv, log):
+def call(script, *words, log, **flags):
     """One of the project's scripts in a process with one thread; UserError when it fails."""
+    words = [*words, *(f"--{name}={value}" for name, value in flags.items())]
     with open(log, "a") as file:
         code = subprocess.run(
-            [sys.executable, ROOT / script, *map(str, argv)], stdout=file,
-            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+            [sys.executable, ROOT / script, *words], stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if code:
         raise UserError(f"{script} failed with status {code}: see {log}")
-
-
-def as_flags(settings):
-    """{name: value} as the words of a command line."""
-    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def train(column, row, steps, seed, folder, args):
     """Train a run to `steps`, as far as that is not done, and first what it starts from."""
     flags = {"dataset": FASHION, **COLUMNS[column][1], **ROWS[row][1], "seed": seed}
-    flags |= {"device": args.device, **source(flags["dataset"], args)}
+    flags |= {"out": folder, "device": args.device, **source(flags["dataset"], args)}
     if "filter" in flags:
         flags["filter"] = FILTER[column]
     if "outlier_dir" in flags:
         flags["outlier_dir"] = args.cifar10_dir or ROOT / "data/cifar10"
-    plain = flags.pop("expert_of", None)
-    if plain:
+    if plain := flags.pop("expert_of", None):
         flags["init_from"] = folder.with_name(f"{plain}-{seed}")
         train(column, plain, steps, seed, flags["init_from"], args)
         steps //= 4
@@ -268,13 +258,12 @@ def train(column, row, steps, seed, folder, args):
         if saved > steps:
             raise UserError(f"{folder} is at step {saved}, beyond {steps}: studies of fewer steps "
                             "come first, or take another --out")
+        words = [*COMMON.split(), "--overwrite"]
+        if saved:
+            words = ["--resume"]
+            flags.pop("init_from", None)
         if saved < steps:
-            how = [*COMMON.split(), "--overwrite"]
-            if saved:
-                how = ["--resume"]
-                flags.pop("init_from", None)
-            call("train.py", "--out", folder, "--steps", steps, *how, *as_flags(flags),
-                 log=f"{folder}.log")
+            call("train.py", *words, log=f"{folder}.log", steps=steps, **flags)
 
 
 def result_path(column, row, seed, args):
@@ -293,34 +282,33 @@ def run_one(column, row, seed, args):
     path = result_path(column, row, seed, args)
     if path.exists():
         return
-    print(f"{column} {row} {seed}: begun", flush=True)
+    print(f"{column} {row} {seed}", flush=True)
     folder = run = path.parent
     folder.parent.mkdir(parents=True, exist_ok=True)
     train(column, run_of(row), args.steps, seed, folder, args)
 
-    extra, most, _ = COMMANDS[args.command]
+    words, most, _ = COMMANDS[args.command]
+    words, log = words.split(), f"{folder}.log"
     dataset = COLUMNS[column][1].get("dataset", FASHION)
-    how = {"num": min(args.num, most), "seed": seed, "device": args.device}
+    sampling = {"num": min(args.num, most), "seed": seed, "device": args.device}
     if "stop" in ROWS[row][1]:
-        how["stop"] = ROWS[row][1]["stop"]
+        sampling["stop"] = ROWS[row][1]["stop"]
     if plain := ROWS[run_of(row)][1].get("expert_of"):
-        run, how["expert"] = folder.with_name(f"{plain}-{seed}"), folder
+        run, sampling["expert"] = folder.with_name(f"{plain}-{seed}"), folder
     flags = {"json": path, **source(dataset, args)}
-    if args.command == "denoise":
-        if dataset == "cifar10" and args.cifar10_test:
-            flags["data_dir"] = args.cifar10_test
-    else:
+    if args.command != "denoise":
         flags["png"] = path.with_suffix(".png")
         flags |= ({"holdout": dataset} if args.command == "memorization" else
                   {"features": args.classifiers[dataset]})
+    elif dataset == "cifar10" and args.cifar10_test:
+        flags["data_dir"] = args.cifar10_test
+
     has_strangers = args.command == "quality" and "outlier_dir" in COLUMNS[column][1]
     if has_strangers:  # Its samples are looked at twice.
         drawn, flags["reference"] = path.with_suffix(""), dataset
-        call("sample.py", run, *extra.split(), *as_flags({**how, "out": drawn}),
-             log=f"{folder}.log")
+        call("sample.py", run, *words, log=log, out=drawn, **sampling)
         run = drawn
-    call("evaluate.py", args.command, run, *extra.split(), *as_flags({**how, **flags}),
-         log=f"{folder}.log")
+    call("evaluate.py", args.command, run, *words, log=log, **sampling, **flags)
     if has_strangers:
         figures = json.loads(path.read_text())
         images = np.load(drawn / "samples.npz")["arr_0"].transpose(0, 3, 1, 2)
@@ -328,7 +316,6 @@ def run_one(column, row, seed, args):
         figures["strangers"] = stranger_share(images, args)
         figures["strangers_reference"] = stranger_share(clean, args)
         write_json(path, figures)
-    print(f"{column} {row} {seed}: done", flush=True)
 
 
 def run_all(args):
@@ -392,22 +379,17 @@ def collect(args):
 
 
 def record(args):
-    """Put the study's rows into results.json, in place of what it has of the same runs."""
-    rows, records = collect(args), json.loads(RESULTS.read_text())
-    known = next((one for one in records if one["study"] == args.study), None)
-    if known is None:
-        raise UserError(f"{RESULTS} has no record {args.study}: add one, its rows empty")
-
+    """Put the study's rows into its record in results.json, in place of those of the same runs."""
     def identity(row):
-        return tuple(row.get(name) for name in ("trained on", "row", "training steps", "seed"))
+        return [row.get(name) for name in ("trained on", "row", "training steps", "seed")]
 
-    merged = {identity(row): row for row in [*known["rows"], *rows]}
+    rows, records = collect(args), json.loads(RESULTS.read_text())
+    known, = (one for one in records if one["study"] == args.study)
+    new = [identity(row) for row in rows]
+    old = [row for row in known["rows"] if identity(row) not in new]
     names = [*COLUMNS, "clean images", *ROWS]
-    known["rows"] = sorted(merged.values(), key=lambda row: (
+    known["rows"] = sorted(old + rows, key=lambda row: (
         names.index(row["trained on"]), names.index(row["row"]), row.get("seed", 0)))
-    for name in itertools.chain(*rows):
-        if name not in (*known["columns"], "provenance"):
-            known["columns"].append(name)
     write_atomically(RESULTS, lambda path: path.write_text(dump(records)))
     render()
 
@@ -448,11 +430,11 @@ def rendered(records):
     parts.append("## Names in tests/evidence.py\n")
     for title, known in (("trained on", COLUMNS), ("row", ROWS)):
         lines = []
-        for name, (label, flags) in known.items():
+        for name, (label, settings) in known.items():
             # What names another row, or the column's value in FILTER, is no flag.
-            flags = " ".join(f"{flag}={value}" if value in (*ROWS, "own") and flag != "mode" else
-                             f"--{flag} {value}" for flag, value in flags.items())
-            lines.append([label, f"`{name}`", f"`{flags}`" if flags else ""])
+            words = [f"{key}={value}" if key in ("of", "expert_of", "filter") else
+                     f"--{key} {value}" for key, value in settings.items()]
+            lines.append([label, f"`{name}`", f"`{' '.join(words)}`" if words else ""])
         parts.append(markdown([title, "its name", "settings"], lines))
     return "\n".join(parts)
 
@@ -511,8 +493,6 @@ def picture(args):
         left = images.width - 802  # evaluate.py's own labels are cut off.
         for k, name in enumerate(names):
             strips[name][column] = images.crop((left, 50 * k, left + width, 50 * k + 52))
-    if not strips:
-        raise UserError(f"no pictures of {args.study} in {args.out}")
 
     margin, head, pen = 190, 20, {"fill": "black", "font": ImageFont.load_default(13)}
     places = {column: margin + i * (width + 8) for i, column in enumerate(args.columns)}
@@ -562,8 +542,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Entry point; see the module's docstring."""
-    # evaluate.py reads a TorchScript file, deprecated or not.
-    warnings.filterwarnings("ignore", ".*torch.jit.script")
     args = parse_args(argv)
     if args.list:
         for study, (command, columns, rows) in STUDIES.items():

@@ -19,24 +19,22 @@ from sample import Parser, run_cli  # noqa: E402
 BACKGROUND = 0.15
 
 
-def cover(params, size):
-    """The share of each pixel that a disc (x, y, r) or box (x, y, w, h) covers: (size, size)."""
+def misfit(params, image):
+    """Root mean square between an image (C, H, H) in [0, 1] and a shape, its colour fitted.
+
+    params: a disc (x, y, radius) or box (x, y, half width, half height).
+    """
     x, y, *sides = params
-    pixel = np.arange(size) + 0.5
+    pixel = np.arange(image.shape[-1]) + 0.5
     dx, dy = abs(pixel[None] - x), abs(pixel[:, None] - y)
     if len(sides) == 1:
         distance = np.hypot(dx, dy) - sides[0]
     else:
         distance = np.maximum(dx - sides[0], dy - sides[1])
-    return np.clip(0.5 - distance, 0, 1)
-
-
-def misfit(params, image):
-    """Root mean square between an image (C, H, H) in [0, 1] and the shape, its colour fitted."""
-    mask = cover(params, image.shape[-1])
+    cover = np.clip(0.5 - distance, 0, 1)  # Of each pixel.
     excess = image - BACKGROUND
-    colour = (excess * mask).sum((1, 2)) / max(1e-9, (mask * mask).sum())
-    return np.sqrt(((excess - colour[:, None, None] * mask) ** 2).mean())
+    colour = (excess * cover).sum((1, 2)) / max(1e-9, (cover * cover).sum())
+    return np.sqrt(((excess - colour[:, None, None] * cover) ** 2).mean())
 
 
 def best_misfit(image):
@@ -55,6 +53,7 @@ def best_misfit(image):
 
 
 def main():
+    """Entry point; see the module's docstring."""
     p = Parser(description=__doc__)
     p.add_argument("samples", type=Path, nargs="+", help="samples.npz of sample.py")
     args = p.parse_args()

@@ -71,9 +71,9 @@ def test_check(verb, monkeypatch):
         nn.Module.compile, backend="eager"))
     found = verb("check")
     # On a CPU both sides are the same machine.
-    assert len(found) == 9 and len(found["gradients"]) == 8
+    assert len(found) == 7 and len(found["gradients"]) == 8
     assert all(row["gradient"] == row["loss"] == 0 for row in found["gradients"].values())
-    eager, compiled = found["compiled"].values()
+    eager, compiled = (found["compiled"][f"dsm {how}"] for how in gpu.HOW)
     assert (eager["graphs"], compiled["graphs"]) == (0, 1)
     assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"])
 
@@ -82,7 +82,7 @@ def test_checks_find_a_difference(args, monkeypatch):
     monkeypatch.setattr(gpu, "HOW", {"eager": "--no-compile"})
     monkeypatch.setattr(losses, "repeat_randomness", lambda device: lambda: None)
     with pytest.raises(AssertionError):
-        gpu.check_masks(args, {})
+        gpu.check_compiled(args, {})
 
     schedules = itertools.cycle(["linear", "cosine"])
     monkeypatch.setattr(gpu, "Diffusion", lambda device: Diffusion(schedule=next(schedules)))
@@ -112,7 +112,7 @@ def test_items_fail_alone(args):
     def fine(args, found):
         found["all"] = 2
 
-    gpu.run_items(args, {"fail": fail, "fine": fine, "hang": hang, "late": fine})
+    gpu.run_items(args, {"fail": fail, "fine": fine, "hang": hang, "late": hang})
     fails, works, *late = json.loads((args.out / "check.json").read_text())
     assert "ValueError: of its own" in fails["error"] and fails["figures"] == {"before": 1}
     assert works["figures"] == {"all": 2} and works["error"] is None
