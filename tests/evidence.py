@@ -96,7 +96,7 @@ ROWS = {
     "expert_dsm": ("dsm + dsm expert", {"mode": "dsm", "t_max": 0.1, "ema": 0.99, "cooldown": 0,
                                         "expert_of": "dsm"}),
 }
-# Command of evaluate.py: (flags, at most so many images, {key of its JSON: name in the tables}).
+# Command of evaluate.py: (flags, number of images, {key of its JSON: name in the tables}).
 # Of few images KID is taken, since the Frechet distance depends on their number.
 FIGURES = {"residual_noise": "noise left", "noise_images": "noise images",
            "strangers": "strangers", "pixel_std": "pixel std",
@@ -268,7 +268,7 @@ def train(column, row, steps, seed, folder, args):
 
 def result_path(column, row, seed, args):
     """Where the figures of a run are, once it is done."""
-    num = min(args.num, COMMANDS[args.command][1])
+    num = COMMANDS[args.command][1]
     # An expert fits a run of one number of steps: that of another number does not go on from it.
     name = run_of(row)
     if "expert_of" in ROWS[name][1]:
@@ -287,10 +287,10 @@ def run_one(column, row, seed, args):
     folder.parent.mkdir(parents=True, exist_ok=True)
     train(column, run_of(row), args.steps, seed, folder, args)
 
-    words, most, _ = COMMANDS[args.command]
+    words, num, _ = COMMANDS[args.command]
     words, log = words.split(), f"{folder}.log"
     dataset = COLUMNS[column][1].get("dataset", FASHION)
-    sampling = {"num": min(args.num, most), "seed": seed, "device": args.device}
+    sampling = {"num": num, "seed": seed, "device": args.device}
     if "stop" in ROWS[row][1]:
         sampling["stop"] = ROWS[row][1]["stop"]
     if plain := ROWS[run_of(row)][1].get("expert_of"):
@@ -300,8 +300,6 @@ def run_one(column, row, seed, args):
         flags["png"] = path.with_suffix(".png")
         flags |= ({"holdout": dataset} if args.command == "memorization" else
                   {"features": args.classifiers[dataset]})
-    elif dataset == "cifar10" and args.cifar10_test:
-        flags["data_dir"] = args.cifar10_test
 
     has_strangers = args.command == "quality" and "outlier_dir" in COLUMNS[column][1]
     if has_strangers:  # Its samples are looked at twice.
@@ -380,13 +378,11 @@ def collect(args):
 
 def record(args):
     """Put the study's rows into its record in results.json, in place of those of the same runs."""
-    def identity(row):
-        return [row.get(name) for name in ("trained on", "row", "training steps", "seed")]
-
     rows, records = collect(args), json.loads(RESULTS.read_text())
     known, = (one for one in records if one["study"] == args.study)
-    new = [identity(row) for row in rows]
-    old = [row for row in known["rows"] if identity(row) not in new]
+    run = ("trained on", "row", "training steps", "seed")
+    new = [[row.get(name) for name in run] for row in rows]
+    old = [row for row in known["rows"] if [row.get(name) for name in run] not in new]
     names = [*COLUMNS, "clean images", *ROWS]
     known["rows"] = sorted(old + rows, key=lambda row: (
         names.index(row["trained on"]), names.index(row["row"]), row.get("seed", 0)))
@@ -511,8 +507,8 @@ def picture(args):
 # ---------- Command line
 
 
-def parse_args(argv=None):
-    """The command line; UserError where it is wrong."""
+def main(argv=None):
+    """Entry point; see the module's docstring."""
     p = Parser(description=__doc__)
     flag = p.add_argument
     flag("study", nargs="?", choices=list(STUDIES), default="answer", help="see --list")
@@ -525,24 +521,15 @@ def parse_args(argv=None):
     flag("--rows", type=comma_list(str, *ROWS), help="only these; else the study's")
     flag("--seeds", type=comma_list(number(int, 0)), default=[0], help="of training and drawing")
     flag("--steps", type=number(int, 1), default=2000, help="of training")
-    flag("--num", type=number(int, 10), default=2000,
-         help="images to measure; of some commands fewer, see COMMANDS")
     flag("--workers", type=number(int, 1), default=torch.get_num_threads(),
          help="runs side by side, one thread each")
     flag("--device", default="auto", help="of training and measuring")
     flag("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
     flag("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
-    flag("--cifar10_test", help="its test images, where --cifar10_dir has none: for denoise")
     flag("--out", type=Path, default=Path("out/evidence"), help="folder of the runs")
     args = p.parse_args(argv)
     args.command, columns, rows = STUDIES[args.study]
     args.columns, args.rows = args.columns or columns, args.rows or rows
-    return args
-
-
-def main(argv=None):
-    """Entry point; see the module's docstring."""
-    args = parse_args(argv)
     if args.list:
         for study, (command, columns, rows) in STUDIES.items():
             total = sum(map(units, {*map(run_of, rows)})) * len(columns) * args.steps

@@ -98,6 +98,7 @@ def network(config, peer=False):
 def train_row(row, args, *flags, out=None):
     """The log of train.py's own loop on 64 embedded images, a list of dicts.
 
+    The last one has the most `MiB` on the card, and how many `graphs` were compiled.
     out: folder of the run; without one nothing is saved.
     """
     fakes = {"find_source": lambda *_: mock.Mock(files={}),
@@ -109,10 +110,15 @@ def train_row(row, args, *flags, out=None):
         fakes |= {"catch_signals": list, "save_checkpoint": lambda *_: None}
     torch.compiler.reset()
     counters.clear()
+    if args.cuda:
+        torch.cuda.reset_peak_memory_stats(args.device)
     with tempfile.TemporaryDirectory() as temporary, mock.patch.multiple(train, **fakes):
         out = out or temporary
         train.main([*read_row(row, args).argv, *map(str, flags), "--out", str(out)])
-        return read_log(out)
+        log = read_log(out) or [{}]  # One that was stopped may not have a line yet.
+    log[-1]["MiB"] = torch.cuda.max_memory_allocated(args.device) / 2**20 if args.cuda else None
+    log[-1]["graphs"] = counters["stats"]["unique_graphs"]
+    return log
 
 
 def read_log(out):
@@ -218,9 +224,8 @@ def check_compiled(args, found):
         for row in PAIR:
             with inductor.patch(fallback_random=True):
                 log, = train_row(f"{row}:{how}:dropout=0.1:amp=off", args, "--steps", 1)
-            found[f"{row} {how}"] = {"loss": log["loss"], "grad_norm": log["grad_norm"],
-                                     "seconds": log["s_step"],
-                                     "graphs": counters["stats"]["unique_graphs"]}
+            found[f"{row} {how}"] = {key: log[key]
+                                     for key in ("loss", "grad_norm", "s_step", "graphs")}
         with mock.patch.object(losses, "ascend", no_omega):
             log, = train_row(f"adv:{how}:dropout=0.3:amp=off", args, "--steps", 1)
         found[f"branches {how}"]["moved"] = log["equivariance"] ** 0.5
@@ -331,34 +336,24 @@ def forward_flops(settings):
     return counter.get_total_flops()
 
 
-def peak_memory(args):
-    """MiB on the card at most since the last call; None on the CPU."""
-    if args.cuda:
-        peak = torch.cuda.max_memory_allocated(args.device) / 2**20
-        torch.cuda.reset_peak_memory_stats(args.device)
-        return peak
-
-
 def measure(row, first, args, found):
     """The figures of a row, its first steps left out. `first`: {how: seconds of its first row}.
 
     On CUDA a time is the mean of five steps, since to wait after each would stall the launches.
     """
     settings, block = read_row(row, args), 5 if args.cuda else 1
-    peak_memory(args)
     log = train_row(row, args, "--steps", block * (2 + args.repeats), "--log_every", block)
     spent = [line["s_step"] for line in log[-args.repeats:]]
-    middle, graphs = statistics.median(spent), counters["stats"]["unique_graphs"]
-    how = "compiled" if graphs else "eager"
+    middle, how = statistics.median(spent), "compiled" if log[-1]["graphs"] else "eager"
     units = forward_units(settings.mode, settings.perturbation)
     flops = units * settings.batch_size * forward_flops(settings)
     found.update({
         "row": row, "how": how, "seconds (median)": middle,
         "fastest to slowest": f"{min(spent):.4f} to {max(spent):.4f}",
         "x the first": middle / first.setdefault(how, middle), "forward-units": units,
-        "images / s": settings.batch_size / middle, "MiB": peak_memory(args),
+        "images / s": settings.batch_size / middle, "MiB": log[-1]["MiB"],
         "share of the bf16 peak": flops / middle / PEAK if args.cuda else None,
-        "first step, seconds": log[0]["s_step"], "graphs": graphs})
+        "first steps, seconds": block * log[0]["s_step"], "graphs": log[-1]["graphs"]})
 
 
 def profile(row, args, found):
@@ -387,12 +382,10 @@ def largest_batch(row, args, found):
     """LSUN's 256-pixel network with the largest batch, a power of two, that fits into memory."""
     n = 256
     while not found:
-        peak_memory(args)
         try:
             log = train_row(f"{row}:{LSUN}:eager:batch_size={n}", args, "--steps", 3,
                             "--log_every", 1)
-            found.update({"batch": n, "images / s": n / log[-1]["s_step"],
-                          "MiB": peak_memory(args)})
+            found.update({"batch": n, "images / s": n / log[-1]["s_step"], "MiB": log[-1]["MiB"]})
         except torch.OutOfMemoryError:
             n //= 2
         gc.collect()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,11 +83,11 @@ def drive(calls, fashion, tmp_path):
 
 
 def test_runs_are_trained_measured_and_not_repeated(drive, fashion):
-    argv = ["answer", "--columns", "noise.2", "--rows", "dsm,adv_low", "--seeds", 1, "--num", 10]
+    argv = ["answer", "--columns", "noise.2", "--rows", "dsm,adv_low", "--seeds", 1]
     flags, asked, low, _ = drive(*argv)
     assert (flags["mode"], flags["noise_std"], flags["seed"]) == ("dsm", 0.2, 1)
     assert flags["overwrite"] and flags["steps"] == 2000
-    assert (asked["command"], asked["num"], asked["seed"]) == ("quality", 10, 1)
+    assert (asked["command"], asked["num"], asked["seed"]) == ("quality", 2000, 1)
     assert asked["features"] == "classifier.pt" and asked["data_dir"] == fashion
     assert (low["mode"], low["reg_t"], low["reg_share"]) == ("adv", 0.1, 1)
     assert drive(*argv) == []
@@ -180,8 +181,7 @@ def test_the_committed_results_are_rendered_and_complete():
 def test_the_classifier_tells_the_classes_apart(fashion, tmp_path):
     images = np.full((500, 16, 16, 3), 128, np.uint8)
     np.savez(tmp_path / "grey.npz", images)
-    args = evidence.parse_args(["--data_dir", str(fashion), "--out", str(tmp_path),
-                                "--cifar10_dir", str(tmp_path / "grey.npz")])
+    args = SimpleNamespace(data_dir=fashion, cifar10_dir=tmp_path / "grey.npz", out=tmp_path)
     net = torch.jit.load(evidence.classifier("fashion_mnist", args))
     both = torch.tensor([0, 250], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 16, 16)
     features, logits = net(both)

@@ -146,12 +146,12 @@ def test_the_largest_batch_is_searched_by_memory(args, monkeypatch):
         assert (settings.image_size, settings.compile, settings.mode) == (256, False, "adv")
         if settings.batch_size > 95:
             raise torch.OutOfMemoryError
-        return [{"s_step": 0.5}]
+        return [{"s_step": 0.5, "MiB": 7}]
 
     monkeypatch.setattr(gpu, "train_row", train_row)
     found = {}
     gpu.largest_batch("adv", args, found)
-    assert found == {"batch": 64, "images / s": 128, "MiB": None}
+    assert found == {"batch": 64, "images / s": 128, "MiB": 7}
 
 
 def test_cifar10(verb, args, monkeypatch):
