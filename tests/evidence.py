@@ -119,11 +119,8 @@ COMMANDS = {
 }
 # study: (command, columns, rows)
 STUDIES = {
-    "answer": ("quality", ["noise.2", "all.2", "cifar10", "blurred", "outliers", "strangers",
-                           "clean", "noise.1"],
-               ["dsm", "random", "adv", "adv_low", "filter", "aware", "aware_stop", "ip", "dsm_v",
-                "adv_low_v", "dsm_stop", "dsm_stop.4", "dsm_stop.6", "dsm_v_stop.4",
-                "adv_low_stop.4", "expert_stop", "expert", "expert_dsm"]),
+    "answer": ("quality", [column for column in COLUMNS if column != "few"],
+               [row for row in ROWS if not row.endswith("_share")]),
     "attack": ("attack", ["noise.2"], ["dsm", "adv_low"]),
     "denoise": ("denoise", ["noise.2", "cifar10"], ["dsm", "adv_low"]),
     "copies": ("memorization", ["few"], ["dsm", "adv_share"]),
@@ -386,8 +383,7 @@ def record(args):
     names = [*COLUMNS, "clean images", *ROWS]
     known["rows"] = sorted(old + rows, key=lambda row: (
         names.index(row["trained on"]), names.index(row["row"]), row.get("seed", 0)))
-    write_atomically(RESULTS, lambda path: path.write_text(dump(records)))
-    render()
+    write(records)
 
 
 def dump(records):
@@ -401,10 +397,10 @@ def dump(records):
     return "[\n" + ",\n".join(blocks) + "\n]\n"
 
 
-def render():
-    """Write results.md from results.json."""
-    text = rendered(json.loads(RESULTS.read_text()))
-    write_atomically(RESULTS.with_suffix(".md"), lambda path: path.write_text(text))
+def write(records):
+    """Write results.json, and results.md, which is rendered from it."""
+    for path, text in ((RESULTS, dump(records)), (RESULTS.with_suffix(".md"), rendered(records))):
+        write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def rendered(records):
@@ -537,7 +533,7 @@ def main(argv=None):
                   f"{total:,.0f} forward-units of 64 images a seed")
         return
     if args.render:
-        return render()
+        return write(json.loads(RESULTS.read_text()))
     if args.picture:
         return picture(args)
     failed = [] if args.tables else run_all(args)

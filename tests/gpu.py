@@ -129,22 +129,14 @@ def read_log(out):
 # ---------- Items: whatever one of them does, the next runs and the file is whole
 
 
-class OutOfTime(BaseException):
-    """The minutes are over; no handler of ordinary errors may swallow it."""
-
-
-def out_of_time(*_):
-    """What the alarm does."""
-    raise OutOfTime
-
-
 def run_items(args, items):
     """Run {name: function(args, found)}, each of which puts its figures into the dict `found`."""
     about = {"card": torch.cuda.get_device_name(args.device) if args.cuda else "CPU",
              "torch": torch.__version__, "all": args.all, "threads": torch.get_num_threads(),
              "date": time.strftime("%Y-%m-%d"), "commit": commit()}
     records = []
-    signal.signal(signal.SIGALRM, out_of_time)
+    # It raises KeyboardInterrupt, which no handler of ordinary errors swallows.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     for name in args.only or items:
         record = {"name": name, "figures": {}, "error": None, "provenance": about}
         records.append(record)
@@ -154,7 +146,9 @@ def run_items(args, items):
             signal.setitimer(signal.ITIMER_REAL, max(0.01, args.deadline - began), 5)
             with open(args.out / "gpu.log", "a") as log, contextlib.redirect_stdout(log):
                 items[name](args, record["figures"])
-        except OutOfTime:
+        except KeyboardInterrupt:
+            if time.monotonic() < args.deadline:
+                raise
             record["error"] = "no time left"
         except Exception:
             record["error"] = traceback.format_exc()
