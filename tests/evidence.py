@@ -148,7 +148,8 @@ def units(row):
 def source(dataset, args):
     """What names the data set to the scripts: {flag: value}."""
     folder = args.cifar10_dir if dataset == "cifar10" else args.data_dir
-    return {"data_dir": folder} if folder else {}
+    flags = {"data_dir": folder, "cache_dir": args.cache_dir}
+    return {flag: value for flag, value in flags.items() if value}
 
 
 def labels(dataset, root):
@@ -522,6 +523,7 @@ def main(argv=None):
     flag("--device", default="auto", help="of training and measuring")
     flag("--data_dir", help="folder with Fashion-MNIST; else data/, filled by download")
     flag("--cifar10_dir", help="folder or zip of CIFAR-10; else likewise")
+    flag("--cache_dir", help="folder of the decoded images; else out/cache")
     flag("--out", type=Path, default=Path("out/evidence"), help="folder of the runs")
     args = p.parse_args(argv)
     args.command, columns, rows = STUDIES[args.study]

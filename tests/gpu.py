@@ -413,13 +413,6 @@ NUM = 5000  # Images to measure.
 RESERVE = 110  # Seconds that are left to draw and measure them.
 
 
-def start_training(out, *flags):
-    """train.py in a process of its own; what it prints goes to <out>.log."""
-    command = [sys.executable, ROOT / "train.py", *flags, "--out", out]
-    return subprocess.Popen([str(word) for word in command], stdout=open(f"{out}.log", "w"),
-                            stderr=subprocess.STDOUT)
-
-
 def train_both(args, found):
     """Train both side by side until the time is up, from where an earlier call has left them."""
     children = {}
@@ -427,8 +420,11 @@ def train_both(args, found):
         for name, mode in MODES.items():
             out = args.out / name
             resume = ["--resume"] if (out / "ckpt.pt").exists() else []
-            children[out] = start_training(out, *CIFAR10.split(), *mode.split(), *resume,
-                                           "--device", args.device, "--data_dir", args.data_dir)
+            words = [sys.executable, ROOT / "train.py", *CIFAR10.split(), *mode.split(), *resume,
+                     "--device", args.device, "--data_dir", args.data_dir, "--out", out]
+            children[out] = subprocess.Popen(
+                [str(word) for word in words], stdout=open(f"{out}.log", "w"),
+                stderr=subprocess.STDOUT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             children[out].wait(args.deadline - RESERVE - time.monotonic())
         for child in children.values():

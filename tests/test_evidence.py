@@ -181,7 +181,8 @@ def test_the_committed_results_are_rendered_and_complete():
 def test_the_classifier_tells_the_classes_apart(fashion, tmp_path):
     images = np.full((500, 16, 16, 3), 128, np.uint8)
     np.savez(tmp_path / "grey.npz", images)
-    args = SimpleNamespace(data_dir=fashion, cifar10_dir=tmp_path / "grey.npz", out=tmp_path)
+    args = SimpleNamespace(data_dir=fashion, cifar10_dir=tmp_path / "grey.npz", cache_dir=None,
+                           out=tmp_path)
     net = torch.jit.load(evidence.classifier("fashion_mnist", args))
     both = torch.tensor([0, 250], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 16, 16)
     features, logits = net(both)

@@ -6,6 +6,7 @@ import signal
 import time
 import warnings
 from functools import partialmethod
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -34,10 +35,11 @@ class SmallInception(nn.Module):
         return (x.float().mean((2, 3)),) * 2
 
 
-def start_training(out, *flags):
-    """Five steps more in this process, as if it had been stopped then."""
+def popen(words, **_):
+    """Five steps more of train.py in this process, as if it had been stopped then."""
+    out = Path(words[-1])
     done = read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0
-    train.main([str(word) for word in (*flags, "--steps", done + 5, "--out", out)])
+    train.main([*words[2:], "--steps", str(done + 5)])
     return Mock(wait=lambda *_: 143)
 
 
@@ -155,7 +157,7 @@ def test_the_largest_batch_is_searched_by_memory(args, monkeypatch):
 
 
 def test_cifar10(verb, args, monkeypatch):
-    monkeypatch.setattr(gpu, "start_training", start_training)
+    monkeypatch.setattr(gpu, "subprocess", Mock(Popen=popen))
     monkeypatch.setattr(gpu, "NUM", 40)
     monkeypatch.setattr(gpu, "CIFAR10", f"{gpu.CIFAR10} --log_every 1 --"
                         + TINY.replace(":", " --"))
