@@ -32,10 +32,10 @@ def fashion(tmp_path_factory):
 
 
 @pytest.fixture
-def calls(monkeypatch, tmp_path):
-    """Scripts that do nothing but write what the driver looks for; [(script, its flags)].
+def drive(monkeypatch, fashion, tmp_path):
+    """Run the driver in this process; returns the flags of each script that it called.
 
-    Their flags are parsed by the scripts' own parsers.
+    The scripts do nothing but parse these flags and write what the driver looks for.
     """
     made = []
 
@@ -57,8 +57,14 @@ def calls(monkeypatch, tmp_path):
                      "commit": "abc"}
             flags.json.write_text(json.dumps({
                 **figures, "pixel_std_reference": 0.67, "provenance": about}))
-            save_grid(np.zeros((16, 1, 16, 16), np.uint8), flags.png, 16)
-        made.append((name, vars(flags)))
+            evaluate.save_sheet({"a": np.zeros((16, 1, 16, 16), np.uint8)}, flags.png)
+        made.append(vars(flags))
+
+    def run(*argv):
+        made.clear()
+        argv = [*argv, "--data_dir", fashion, "--out", tmp_path / "out", "--workers", 1]
+        evidence.main([str(word) for word in argv])
+        return made.copy()
 
     monkeypatch.setattr(evidence, "call", call)
     monkeypatch.setattr(evidence, "read_checkpoint",
@@ -66,19 +72,6 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(evidence, "classifier", lambda dataset, args: "classifier.pt")
     monkeypatch.setattr(evidence, "stranger_share", lambda images, args: images.mean() / 255)
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results.json")
-    return made
-
-
-@pytest.fixture
-def drive(calls, fashion, tmp_path):
-    """Run the driver in this process, one run after the other; returns the calls that it made."""
-
-    def run(*argv):
-        first = len(calls)
-        argv = [*argv, "--data_dir", fashion, "--out", tmp_path / "out", "--workers", 1]
-        evidence.main([str(word) for word in argv])
-        return [flags for _, flags in calls[first:]]
-
     return run
 
 

@@ -39,6 +39,7 @@ def popen(words, **_):
     """Five steps more of train.py in this process, as if it had been stopped then."""
     out = Path(words[-1])
     done = read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0
+    assert ("--resume" in words) == bool(done)
     train.main([*words[2:], "--steps", str(done + 5)])
     return Mock(wait=lambda *_: 143)
 
