@@ -97,8 +97,10 @@ def test_checks_find_a_difference(args, monkeypatch):
     update = train.update
     monkeypatch.setattr(train, "update", lambda *step: warnings.warn("a synchronizing call")
                         or update(*step))
+    found = {}
     with pytest.raises(AssertionError):
-        gpu.check_waits(args, {})
+        gpu.check_waits(args, found)
+    assert found["dsm"]["waits"] == 10
 
 
 def test_items_fail_alone(args):
