@@ -17,20 +17,15 @@ from sample import UserError, load_run
 
 
 @pytest.mark.parametrize("dataset, settings, parameters", [
-    ("cifar10", {}, 35_746_307),
-    ("celeba", {}, 78_700_803),
-    ("lsun_bedroom", {"image_size": 256, "mult": (1, 1, 2, 2, 4, 4)}, 113_673_219),
-    ("shapes", {}, 280_755),
-    ("fashion_mnist", {}, 6_469_889),
-])
-def test_parameter_counts_of_the_presets(dataset, settings, parameters):
-    """The first three are published."""
+    ("cifar10", {}, 35_746_307), ("celeba", {}, 78_700_803),
+    ("lsun_bedroom", {"image_size": 256, "mult": (1, 1, 2, 2, 4, 4)}, 113_673_219)])
+def test_parameter_counts_are_the_published_ones(dataset, settings, parameters):
     with torch.device("meta"):
         net = build_network(train.complete_config({"dataset": dataset, **settings}))
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 
-@pytest.mark.parametrize("size, channels", [(16, 3), (28, 1), (12, 3)])
+@pytest.mark.parametrize("size, channels", [(28, 1), (12, 3)])
 def test_output_has_the_input_shape_and_every_weight_a_gradient(size, channels):
     net = UNet(size, channels, 8, (1, 2, 2), 1, (size // 2,), 0.1)
     x = torch.randn(2, channels, size, size)
@@ -42,8 +37,7 @@ def test_output_has_the_input_shape_and_every_weight_a_gradient(size, channels):
 
 def test_a_fresh_network_predicts_almost_nothing_and_its_blocks_are_the_identity():
     net = UNet(16, 3, 32, (1, 2), 1, (8,), 0.0)
-    x = torch.randn(2, 3, 16, 16)
-    assert net(x, torch.tensor([1, 2])).abs().max() < 1e-3
+    assert net(torch.randn(2, 3, 16, 16), torch.tensor([1, 2])).abs().max() < 1e-3
     h, emb = torch.randn(2, 32, 16, 16), torch.randn(2, 128)
     resnet = net.down_blocks[0]["resnets"][0]
     torch.testing.assert_close(resnet(h, emb), h, rtol=0, atol=1e-3)
@@ -59,7 +53,6 @@ def test_the_weights_that_readme_begins_with_fit_and_compute_what_they_did():
 
 @pytest.mark.parametrize("settings, words", [
     (dict(image_size=30), "not a multiple of 8"),
-    (dict(image_size=4, mult=(1, 1, 1, 1)), "not a multiple of 8"),
     (dict(attention=(12,)), "resolutions are 32,16,8,4"),
     (dict(in_channels=2), "grey"),
     (dict(channels=3), "even number"),
@@ -79,24 +72,20 @@ def test_a_run_is_rebuilt_from_its_checkpoint_alone(run):
 
 
 def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch):
+    """Damaged, with code in it, with another content, of another network."""
     monkeypatch.chdir(tmp_path)
-    whole = (run / "ckpt.pt").read_bytes()
-    good, half = torch.load(run / "ckpt.pt", weights_only=True), len(whole) // 2
-    for name, data in {"half": whole[:half], "empty": b"", "text": b"hello",
-                       "flipped": whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1:]
-                       }.items():
-        (tmp_path / f"{name}.pt").write_bytes(data)
-    for name, data in {"bomb": Bomb(), "other": {"state_dict": {}}, "list": [1, 2],
-                       "misfit": {**good, "config": {**good["config"], "channels": 16}},
-                       "bare": {**good, "config": {}}}.items():
-        torch.save(data, tmp_path / f"{name}.pt")
-    names = [path.stem for path in tmp_path.glob("*.pt")]
-    for name in (*names, "missing"):
+    data = (run / "ckpt.pt").read_bytes()
+    good, half = torch.load(run / "ckpt.pt", weights_only=True), len(data) // 2
+    (tmp_path / "half.pt").write_bytes(data[:half])
+    (tmp_path / "flipped.pt").write_bytes(data[:half] + bytes([data[half] ^ 1]) + data[half + 1:])
+    misfit = {**good, "config": {**good["config"], "channels": 16}}
+    for name, content in {"bomb": Bomb(), "list": [1, 2], "misfit": misfit,
+                          "bare": {**good, "config": {}}}.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    for name in ("half", "flipped", "bomb", "list", "misfit", "bare", "missing"):
         with pytest.raises(UserError, match=f"{name}.pt"):
             load_run(tmp_path / f"{name}.pt")
-    assert len(names) == 9 and not (tmp_path / "exploded").exists()
-    with pytest.raises(ValueError, match="no checkpoint"):
-        read_checkpoint(tmp_path)
+    assert not (tmp_path / "exploded").exists()
 
 
 # ---------- diffusers
@@ -119,12 +108,6 @@ def theirs(tmp_path_factory):
     return path, net.state_dict()
 
 
-@pytest.fixture
-def copied(theirs, tmp_path):
-    """A copy of that folder, to write to."""
-    return shutil.copytree(theirs[0], tmp_path / "copy")
-
-
 def equal(state, other):
     return all(torch.equal(value, other[key]) for key, value in state.items())
 
@@ -138,51 +121,39 @@ def test_the_round_trip_through_diffusers_is_exact(theirs, tmp_path):
     net = build_network(CONFIG)
     write_diffusers(net, {**CONFIG, "predict": "eps"}, tmp_path / "eps")
     assert json.loads((tmp_path / "eps" / SCHEDULER).read_text())["prediction_type"] == "epsilon"
-    assert read_checkpoint(tmp_path / "eps")["config"]["predict"] == "eps"
-
-
-def test_what_diffusers_cannot_express_is_not_exported(tmp_path):
-    net = build_network(CONFIG)
-    for other in (torch.nn.Linear(2, 2), CONFIG), (net, {**CONFIG, "schedule": "sigmoid"}), (
-            net, {**CONFIG, "mult": (2, 2)}):
+    # What they cannot express.
+    for other in ({**CONFIG, "schedule": "sigmoid"}, {**CONFIG, "mult": (2, 2)}):
         with pytest.raises(ValueError, match="diffusers has no such"):
-            write_diffusers(*other, tmp_path)
-    assert not [*tmp_path.iterdir()]
+            write_diffusers(net, other, tmp_path / "none")
 
 
-def test_bin_files_half_precision_and_the_names_of_2022(theirs, copied):
-    tensors = read_safetensors(copied / WEIGHTS)
-    (copied / WEIGHTS).unlink()
+def test_bin_files_half_precision_and_the_names_of_2022(theirs, tmp_path):
+    path, state = theirs
+    copy = shutil.copytree(path, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = read_safetensors(path / WEIGHTS)
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
                      ("to_out.0", "proj_attn")):
         tensors = {name.replace(new, old): value.half() for name, value in tensors.items()}
-    torch.save(tensors, copied / "unet/diffusion_pytorch_model.bin")
-    found = read_checkpoint(copied)["ema"]
-    assert equal({key: value.half().float() for key, value in theirs[1].items()}, found)
-    assert {value.dtype for value in found.values()} == {torch.float32}
+    torch.save(tensors, copy / "unet/diffusion_pytorch_model.bin")
+    found = read_checkpoint(copy)["ema"]
+    assert equal({key: value.half().float() for key, value in state.items()}, found)
 
 
-@pytest.mark.parametrize("name, changes, words", [
-    (UNET, {"freq_shift": 0}, "freq_shift is 0"),
-    (UNET, {"attention_head_dim": 8}, "attention_head_dim is 8"),
-    (UNET, {"down_block_types": ["DownBlock2D", "ResnetDownsampleBlock2D"]}, "down_block_types"),
-    (UNET, {"layers_per_block": 2}, "Missing key"),
-    (UNET, {"block_out_channels": "many"}, "no UNet2DModel that fits"),
-    (SCHEDULER, {"prediction_type": "sample"}, "prediction_type is sample"),
+@pytest.mark.parametrize("name, old, new, words", [
+    (UNET, '"freq_shift": 1', '"freq_shift": 0', "freq_shift is 0"),
+    (UNET, '"AttnDownBlock2D"', '"ResnetDownsampleBlock2D"', "down_block_types is"),
+    (UNET, '"layers_per_block": 1', '"layers_per_block": 2', "Missing key"),
+    (SCHEDULER, '"v_prediction"', '"sample"', "prediction_type is sample"),
+    (WEIGHTS, '"data_offsets": [0', '"data_offsets": [-9', "no UNet2DModel that fits"),
 ])
-def test_what_our_network_cannot_express_is_named(copied, name, changes, words):
-    (copied / name).write_text(json.dumps(json.loads((copied / name).read_text()) | changes))
-    with pytest.raises((ValueError, UserError), match=words):
-        load_run(copied)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:100], lambda data: b"\xff" * 8 + data[8:],
-    lambda data: data.replace(b'"data_offsets": [0', b'"data_offsets": [-9', 1)])
-def test_a_damaged_or_hostile_safetensors_is_one_line(copied, damage):
-    (copied / WEIGHTS).write_bytes(damage((copied / WEIGHTS).read_bytes()))
-    with pytest.raises(ValueError, match="no UNet2DModel that fits"):
-        read_checkpoint(copied)
+def test_what_our_network_cannot_express_is_named(theirs, tmp_path, name, old, new, words):
+    """Or what is damaged."""
+    copy = shutil.copytree(theirs[0], tmp_path / "copy")
+    data = (copy / name).read_bytes()
+    assert old.encode() in data
+    (copy / name).write_bytes(data.replace(old.encode(), new.encode(), 1))
+    with pytest.raises(UserError, match=words):
+        load_run(copy)
 
 
 def test_a_published_model_is_fine_tuned_drawn_from_and_exported(theirs, tmp_path, in_process,
