@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,14 +51,14 @@ def test_density_integrates_to_one_and_is_that_of_the_diffused_draws(name):
     assert torch.allclose(truth.log_density(x, sqrt_a, s), log_p, atol=0.03)
 
 
-@pytest.mark.parametrize("t", [0, 60, 999])
 @pytest.mark.parametrize("name", toy.TRUTHS)
-def test_exact_eps_far_from_the_data_leads_back(name, t):
+def test_exact_eps_far_from_the_data_leads_back(name):
     """A naive Phi(a) - Phi(b), or a sum of exponentials, is 0 / 0 there."""
     truth = toy.TRUTHS[name](3)
     x = truth.draw(100, generator()) + 3
-    eps = truth.exact_eps(x, torch.full((100,), t))
-    assert eps.isfinite().all() and (eps * x).sum(1).mean() > 0
+    for t in (0, 60, 999):
+        eps = truth.exact_eps(x, torch.full((100,), t))
+        assert eps.isfinite().all() and (eps * x).sum(1).mean() > 0
 
 
 def test_exact_eps_samples_the_truth():
@@ -74,8 +73,9 @@ def test_exact_eps_samples_the_truth():
 def test_plane_figures_of_a_known_offset_and_shrink():
     truth = toy.plane(5)
     assert truth.frame[:, 2].abs().max() <= toy.OBLIQUE
-    assert truth.figures(truth.draw(5000, generator()))["sliced_wasserstein"] < 0.04
-    figures = truth.figures(truth.draw(5000, generator()) / 2 + 0.3 * truth.frame[:, 2])
+    x = truth.draw(5000, generator())
+    assert truth.figures(x)["sliced_wasserstein"] < 0.04
+    figures = truth.figures(x / 2 + 0.3 * truth.frame[:, 2])
     assert figures["off_plane_rms"] == pytest.approx(0.3, abs=1e-5)
     assert figures["in_plane_std_ratio"] == pytest.approx(0.5, abs=0.01)
 
@@ -92,10 +92,8 @@ def test_distances_of_known_sets():
 
 def test_mixture_figures_of_one_mode_and_of_the_truth():
     truth, w = toy.mixture(0), toy.MODE_WEIGHTS
-    figures = truth.figures(toy.MODE_MEANS[:1].float().repeat(100, 1))
-    peak = 0.4 * multivariate_normal([0, 0], 0.01).pdf([0, 0])
-    assert figures["mass_error"] == pytest.approx(0.6, abs=1e-6)
-    assert figures["nll"] == pytest.approx(-math.log(peak), abs=1e-4)
+    one_mode = toy.MODE_MEANS[:1].float().repeat(100, 1)
+    assert truth.figures(one_mode)["mass_error"] == pytest.approx(0.6, abs=1e-6)
     assert truth.figures(torch.zeros(10, 2))["spurious_mass"] == 1
     # Separate modes: the entropy is that of the weights and that of a Gaussian
     entropy = -(w * w.log()).sum().item() + multivariate_normal([0, 0], 0.01).entropy()
@@ -117,17 +115,12 @@ def test_subspace_of_the_images_and_figures_of_a_known_leak():
     assert found["variance_ratio"] == pytest.approx(1, abs=1e-4)
 
 
-def test_against_truth_of_the_exact_network_and_of_zero():
-    truth = toy.plane(0)
-    # At the lowest level only the normal direction is known to be 0: two coordinates are left
-    best = toy.against_truth(truth.exact_eps, truth, 0)["reconstruction_rms"]
-    assert best[0] == pytest.approx(2**0.5 * 0.078, rel=0.05)
-    figures = toy.against_truth(linear(torch.zeros(3, 3)), truth, 0)
+def test_against_truth_of_a_network_of_zeros():
+    figures = toy.against_truth(linear(torch.zeros(3, 3)), toy.plane(0), 0)
     assert figures["score_error"] == pytest.approx([1] * 4)
     # D(x_t) = x_t / sqrt(a), so its distance to x0 is s / sqrt(a) |eps|, rms sqrt(3)
-    a = toy.DIFFUSION.alpha_bar[list(toy.LEVELS)]
-    expected = (3 * (1 - a) / a).sqrt().tolist()
-    assert figures["reconstruction_rms"] == pytest.approx(expected, rel=0.03)
+    noise = 3**0.5 * toy.DIFFUSION.noise_level[list(toy.LEVELS)]
+    assert figures["reconstruction_rms"] == pytest.approx(noise.tolist(), rel=0.03)
 
 
 # An outlier is uniform in [-2, 2]; its distance to the clean point has that point's variance too
@@ -143,13 +136,17 @@ def test_corruption_is_frozen_and_of_the_stated_size(corruption, share, std):
     assert torch.equal(x, again)
 
 
+def find(mode, moved=None):
+    return toy.partial(toy.find_omega, toy.VARIANTS[mode][0], moved,
+                       toy.perturbation(mode, 0.3, ARGS))
+
+
 def test_linear_optimum_of_random_omega_is_the_closed_form():
     """k* = s / (s^2 + a v / (1 + c)), c = E[lam_t r^2 / 3] = lam E[beta] / (sqrt(3) s)."""
     v = torch.tensor([0.5, 0.05])
-    find = toy.partial(toy.find_omega, "random", None, toy.perturbation("random", 0.3, ARGS))
     torch.manual_seed(0)
     for t in (60, 400):
-        K, _ = toy.linear_optimum(find, v.diag(), t, draws=2000)
+        K, _ = toy.linear_optimum(find("random"), v.diag(), t, draws=2000)
         a, s = toy.DIFFUSION.alpha_bar[t].item(), toy.DIFFUSION.s[t].item()
         c = 0.3 * (8 / 255 + 1) / 2 / (3**0.5 * s)
         assert torch.allclose(K, (s / (s**2 + a * v / (1 + c))).diag(), rtol=0.02, atol=0.02)
@@ -158,10 +155,8 @@ def test_linear_optimum_of_random_omega_is_the_closed_form():
 def test_the_ascent_finds_the_noise_and_the_residual_the_signal():
     share = {}
     for name, (mode, moved, _) in toy.RULES.items():
-        cfg = toy.perturbation(mode, 0.3, ARGS)
-        find = toy.partial(toy.find_omega, toy.VARIANTS[mode][0], moved, cfg)
         torch.manual_seed(0)
-        _, u = toy.linear_optimum(find, torch.tensor([0.37, 0.036]).diag(), 60)
+        _, u = toy.linear_optimum(find(mode, moved), torch.tensor([0.37, 0.036]).diag(), 60)
         share[name] = (u[:, 1].square().sum() / u.square().sum()).item()
     assert share["random"] == pytest.approx(0.5, abs=0.1)
     assert share["l2 x3"] > 0.99 and share["residual, l2 x3"] < 0.2
@@ -186,17 +181,9 @@ def test_attack_moves_a_network_further_than_chance():
     net = linear(torch.eye(3) - 0.9 * direction.T @ direction)
     rows, _ = toy.attack(net, task("attack", "plane"), ARGS)
     moved = {row["attack"]: row["moved_wasserstein"] for row in rows}
-    assert list(moved) == list(toy.ATTACKS) and moved["none"] == 0 < moved["none, other noise"]
+    assert moved["none"] == 0 < moved["none, other noise"]
     assert moved["pgd l2"] > 1.2 * moved["random l2"]
     assert moved["pgd linf"] > 1.2 * moved["random linf"]
-
-
-def test_memorize_of_the_exact_network():
-    (row,), _ = toy.memorize(toy.mixture(0).exact_eps, task("memorize", "mixture", n=8), ARGS)
-    assert row["heldout_error_ratio"] == pytest.approx([1.0] * 4)
-    # It never saw the 8 points: its samples are as near to them as fresh draws are
-    assert row["copied_share"] == pytest.approx(row["fresh_draws_share"], abs=0.06)
-    assert 0 < row["fresh_draws_share"] < 0.5
 
 
 def test_modes_do_what_they_are_for():
@@ -210,46 +197,36 @@ def test_modes_do_what_they_are_for():
     assert max(off_plane["adv"], off_plane["adv_low"]) < 0.6 * off_plane["random"]
 
 
-def test_tables_and_pictures_survive_divergence(tmp_path):
+def test_a_diverged_network_has_large_figures():
+    x = toy.generate(linear(math.nan * torch.eye(3)), (10, 3), 20, 0)
+    assert toy.plane(0).figures(x)["off_plane_rms"] > 1000
+
+
+def test_a_table_has_the_mean_and_the_std_over_seeds():
     rows = [{"experiment": "e", "corruption": "clean", "mode": "adv", "seed": seed,
              "x": value, "list": [value, 1.0]} for seed, value in enumerate((1.0, 3.0))]
     line = toy.markdown_table(rows).splitlines()[2]
     assert line == "| clean | adv | 2.000 +- 1.414 | 2.000 / 1.000 +- 1.414 |"
-    for k in (-1e6, math.nan):
-        x = toy.generate(linear(k * torch.eye(3)), (10, 3), 20, 0)
-        assert toy.plane(0).figures(x)["off_plane_rms"] > 1000
-    dots = np.random.default_rng(0).uniform(-0.5, 0.5, (1000, 2))
-    dots[:3] = [[np.nan, 1e30], [-np.inf, 0.5], [-1e9, 1e9]]
-    panel = toy.draw_layers([(dots, toy.BLUE, 2), (dots[None, :9], toy.GREY, 2)])
-    chart = toy.draw_chart({"up": [(0, 0), (5, math.nan), (10, 4)], "down": [(0, 4), (10, 0)]},
-                           "x", "y")
-    cells = {("a", "x"): (panel, "b"), ("c", "y"): (chart, "")}
-    toy.save_panels(tmp_path / "p.png", "title", cells)
-    sheet = Image.open(tmp_path / "p.png").convert("RGB").crop((318, 264, 478, 424))
-    pixels = np.asarray(sheet).astype(int)
-    for colour, end in ((toy.BLUE, pixels[:30]), (toy.RED, pixels[130:])):  # the right ends
-        assert abs(end[:, 140:] - colour).sum(2).min() < 60
 
 
 def test_every_experiment_leaves_its_files_whatever_the_workers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(toy, "FEW", (8,))
     flags = ["--quick", "--steps", "2", "--modes", "adv,adv", "--seed", "1"]
     toy.main([*flags, "--workers", "1", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "toy.json").read_text())
-    printed = capsys.readouterr().out
+    rows, printed = json.loads((tmp_path / "toy.json").read_text()), capsys.readouterr().out
     assert {row["experiment"] for row in rows} == set(toy.EXPERIMENTS)
     for name in toy.EXPERIMENTS:
         assert Image.open(tmp_path / f"{name}.png").size[0] > 300 and f"\n{name};" in printed
-    assert {row["seed"] for row in rows} == {1} and all("forward_units" in row for row in rows)
     toy.main(["mixture", *flags, "--workers", "2", "--out", str(tmp_path / "two")])
     (row,) = json.loads((tmp_path / "two" / "toy.json").read_text())
-    assert row in rows and row["forward_units"] == 8 and row["training_steps"] == 2
+    assert row in rows
+    assert (row["seed"], row["forward_units"], row["training_steps"]) == (1, 8, 2)
 
 
 def test_plan_trains_each_network_once_and_a_mode_without_a_weight_for_none():
-    args = toy.parse_args(["plane", "--modes", "exact,dsm,filter,aware,ip,adv,adv", "--lam",
-                           "0.1,0.3", "--noise_p", "0.9", "--noise_std", "0.2", "--seeds", "2"])
-    tasks = toy.plan(args)
+    tasks = toy.plan(toy.parse_args([
+        "plane", "--modes", "exact,dsm,filter,aware,ip,adv,adv", "--lam", "0.1,0.3", "--noise_p",
+        "0.9", "--noise_std", "0.2", "--seeds", "2"]))
     assert {task.corruption for task in tasks} == {NOISY} and len(tasks) == 14
     assert [(task.mode, task.cfg.lam) for task in tasks if task.seed == 1] == [
         *((mode, 0) for mode in ("exact", "dsm", "filter", "aware", "ip")),
@@ -257,12 +234,8 @@ def test_plan_trains_each_network_once_and_a_mode_without_a_weight_for_none():
 
 
 @pytest.mark.parametrize("line, word", [
-    ("nowhere", "nowhere"),
-    ("plane --modes adv,best", "best"),
-    ("plane --lam 0.3,-1", "-1"),
-    ("plane --noise_p 0.9", "noise_std"),
-    ("plane --out FILE", "FILE"),
-])
+    ("plane --modes adv,best", "best"), ("plane --lam 0.3,-1", "-1"),
+    ("plane --noise_p 0.9", "noise_std"), ("plane --out FILE", "FILE")])
 def test_mistakes_end_in_one_line_before_the_work(line, word, mistake, monkeypatch):
     monkeypatch.setattr(toy, "measured", None)
     assert word in mistake("toy", *line.split(" "))
