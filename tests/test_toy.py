@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy.stats import multivariate_normal
 
@@ -61,23 +60,17 @@ def test_exact_eps_far_from_the_data_leads_back(name):
         assert eps.isfinite().all() and (eps * x).sum(1).mean() > 0
 
 
-def test_exact_eps_samples_the_truth():
+def test_exact_eps_samples_the_truth_and_figures_see_an_offset():
     mixture, plane = toy.mixture(0), toy.plane(0)
     figures = mixture.figures(toy.generate(mixture.exact_eps, (1000, 2), 250, 0))
     assert figures["spurious_mass"] < 0.005 and figures["mass_error"] < 0.06
-    figures = plane.figures(toy.generate(plane.exact_eps, (1000, 3), 250, 0))
-    assert figures["off_plane_rms"] < 1e-3
+    x = toy.generate(plane.exact_eps, (1000, 3), 250, 0)
+    figures = plane.figures(x)
+    assert figures["off_plane_rms"] < 1e-3 and figures["sliced_wasserstein"] < 0.06
     assert figures["in_plane_std_ratio"] == pytest.approx(1, abs=0.04)
-
-
-def test_plane_figures_of_a_known_offset_and_shrink():
-    truth = toy.plane(5)
-    assert truth.frame[:, 2].abs().max() <= toy.OBLIQUE
-    x = truth.draw(5000, generator())
-    assert truth.figures(x)["sliced_wasserstein"] < 0.04
-    figures = truth.figures(x / 2 + 0.3 * truth.frame[:, 2])
-    assert figures["off_plane_rms"] == pytest.approx(0.3, abs=1e-5)
-    assert figures["in_plane_std_ratio"] == pytest.approx(0.5, abs=0.01)
+    figures = plane.figures(x / 2 + 0.3 * plane.frame[:, 2])
+    assert figures["off_plane_rms"] == pytest.approx(0.3, abs=1e-3)
+    assert figures["in_plane_std_ratio"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_distances_of_known_sets():
@@ -127,13 +120,12 @@ def test_against_truth_of_a_network_of_zeros():
 @pytest.mark.parametrize("corruption, share, std", [(NOISY, 0.9, 0.2),
                                                     (OUTLIERS, 0.1, (4 / 3 + 2 / 9) ** 0.5)])
 def test_corruption_is_frozen_and_of_the_stated_size(corruption, share, std):
-    clean, _ = toy.training_points(task("plane", "plane", n=20_000))
-    x, kinds = toy.training_points(task("plane", "plane", corruption, n=20_000))
-    hit = (x != clean).any(1)
-    assert torch.equal(hit, kinds > 0) and hit.double().mean() == pytest.approx(share, abs=1e-4)
-    assert (x - clean)[hit].std().item() == pytest.approx(std, rel=0.03)
-    again, _ = toy.training_points(task("plane", "plane", corruption, "adv", n=20_000))
-    assert torch.equal(x, again)
+    clean, x, again = (toy.training_points(task("plane", "plane", *how, n=20_000))
+                       for how in ((), (corruption,), (corruption, "adv")))
+    hit = (x[0] != clean[0]).any(1)
+    assert torch.equal(hit, x[1] > 0) and hit.double().mean() == pytest.approx(share, abs=1e-4)
+    assert (x[0] - clean[0])[hit].std().item() == pytest.approx(std, rel=0.03)
+    assert torch.equal(x[0], again[0])
 
 
 def find(mode, moved=None):
@@ -175,17 +167,6 @@ def test_directions_of_known_gains():
     assert figures["omega_on_noise"] == pytest.approx([16 / 25] * 4, abs=1e-4)
 
 
-def test_attack_moves_a_network_further_than_chance():
-    # eps_theta = K x with an oblique direction: nothing is denoised along it, all across it
-    direction = F.normalize(torch.tensor([[1.0, 2.0, 2.0]]), dim=1)
-    net = linear(torch.eye(3) - 0.9 * direction.T @ direction)
-    rows, _ = toy.attack(net, task("attack", "plane"), ARGS)
-    moved = {row["attack"]: row["moved_wasserstein"] for row in rows}
-    assert moved["none"] == 0 < moved["none, other noise"]
-    assert moved["pgd l2"] > 1.2 * moved["random l2"]
-    assert moved["pgd linf"] > 1.2 * moved["random linf"]
-
-
 def test_modes_do_what_they_are_for():
     """Short training on the noisy plane: adversarial cleans more than random, more than none."""
     off_plane = {}
@@ -197,11 +178,6 @@ def test_modes_do_what_they_are_for():
     assert max(off_plane["adv"], off_plane["adv_low"]) < 0.6 * off_plane["random"]
 
 
-def test_a_diverged_network_has_large_figures():
-    x = toy.generate(linear(math.nan * torch.eye(3)), (10, 3), 20, 0)
-    assert toy.plane(0).figures(x)["off_plane_rms"] > 1000
-
-
 def test_a_table_has_the_mean_and_the_std_over_seeds():
     rows = [{"experiment": "e", "corruption": "clean", "mode": "adv", "seed": seed,
              "x": value, "list": [value, 1.0]} for seed, value in enumerate((1.0, 3.0))]
@@ -211,26 +187,20 @@ def test_a_table_has_the_mean_and_the_std_over_seeds():
 
 def test_every_experiment_leaves_its_files_whatever_the_workers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(toy, "FEW", (8,))
-    flags = ["--quick", "--steps", "2", "--modes", "adv,adv", "--seed", "1"]
-    toy.main([*flags, "--workers", "1", "--out", str(tmp_path)])
+    flags = ["--quick", "--steps", "2", "--seed", "1"]
+    toy.main([*flags, "--modes", "adv", "--workers", "1", "--out", str(tmp_path)])
     rows, printed = json.loads((tmp_path / "toy.json").read_text()), capsys.readouterr().out
     assert {row["experiment"] for row in rows} == set(toy.EXPERIMENTS)
     for name in toy.EXPERIMENTS:
         assert Image.open(tmp_path / f"{name}.png").size[0] > 300 and f"\n{name};" in printed
-    toy.main(["mixture", *flags, "--workers", "2", "--out", str(tmp_path / "two")])
-    (row,) = json.loads((tmp_path / "two" / "toy.json").read_text())
-    assert row in rows
-    assert (row["seed"], row["forward_units"], row["training_steps"]) == (1, 8, 2)
 
-
-def test_plan_trains_each_network_once_and_a_mode_without_a_weight_for_none():
-    tasks = toy.plan(toy.parse_args([
-        "plane", "--modes", "exact,dsm,filter,aware,ip,adv,adv", "--lam", "0.1,0.3", "--noise_p",
-        "0.9", "--noise_std", "0.2", "--seeds", "2"]))
-    assert {task.corruption for task in tasks} == {NOISY} and len(tasks) == 14
-    assert [(task.mode, task.cfg.lam) for task in tasks if task.seed == 1] == [
-        *((mode, 0) for mode in ("exact", "dsm", "filter", "aware", "ip")),
-        ("adv", 0.1), ("adv", 0.3)]
+    # Each network is trained once, and a mode without a weight for none.
+    toy.main(["mixture", *flags, "--modes", "dsm,adv,adv", "--lam", "0.1,0.3", "--workers", "2",
+              "--out", str(tmp_path / "two")])
+    found = json.loads((tmp_path / "two" / "toy.json").read_text())
+    assert [(row["mode"], row["lam"]) for row in found] == [("dsm", 0), ("adv", 0.1), ("adv", 0.3)]
+    assert found[2] in rows and found[2]["seed"] == 1
+    assert found[2]["forward_units"] == 8 and found[2]["training_steps"] == 2
 
 
 @pytest.mark.parametrize("line, word", [
