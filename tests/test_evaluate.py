@@ -16,7 +16,7 @@ from torch import nn
 
 import evaluate
 import evidence
-from conftest import TINY
+from conftest import ROOT, TINY
 from evaluate import attack_hook, extract, load_features, nearest, next_denoised, share_covered
 from losses import Diffusion, Perturbation, denoise
 from sample import (ATTACK, Run, UserError, denoise_step, image_noise, load_run, sample,
@@ -191,8 +191,8 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pictures(run, tmp_path_factory):
-    """Twenty colour images as a folder, zip and npz; others that are wrong; small networks."""
+def pictures(tmp_path_factory):
+    """Twenty colour images as a folder, zip and npz; others that are wrong; a small network."""
     root = tmp_path_factory.mktemp("pictures")
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     (root / "folder").mkdir()
@@ -204,9 +204,6 @@ def pictures(run, tmp_path_factory):
     for name, array in {"images": images, "few": images[:9], "wide": images[:, :8],
                         "other": 255 - images, "double": images.repeat(2, 1).repeat(2, 2)}.items():
         np.savez(root / f"{name}.npz", array)
-    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
-    checkpoint["config"]["T"] = 500
-    torch.save(checkpoint, root / "short.pt")
     torch.manual_seed(0)
     torch.jit.trace(Small(), torch.zeros(1, 3, 16, 16).byte()).save(root / "small.pt")
     return root
@@ -254,6 +251,7 @@ def test_quality_of_a_run_and_its_cached_reference(run, pictures, measure, monke
     found = measure(*argv, "--features", "pixels")
     about, (first, second) = found["provenance"], found["rows"]
     assert first | {"samples": f"{run / 'ckpt.pt'}"} == second != first
+    assert [own["samples"] for own in about["sets"]] == [first["samples"], second["samples"]]
     assert (about["reference"], about["num"], about["weights"], about["sampler"], about["step"]
             ) == ("shapes train", 12, "EMA", "ddim", 3)
     model = load_run(run)
@@ -477,14 +475,16 @@ def test_overfit_looks_at_what_training_saw(pictures, in_process, measure, tmp_p
     ("quality RUN --json FILE/a.json", "cannot write FILE/a.json"),
     ("memorization P/folder --reference P/folder --holdout cifar10 --data_dir P/double.npz",
      "has no test split"),
-    ("attack P/short.pt --steps 501", "T = 500"),
-    ("attack RUN --surrogate P/short.pt", "short.pt: its T is 500, that of"),
+    ("attack RUN --steps 1001", "T = 1000"),
+    ("attack RUN --surrogate ROOT/assets/fashion-adv.pt", "its in_channels is 1, that of"),
     ("denoise RUN --reference P/folder --num 21", "held-out images: 20 images, 21 are"),
 ])
 def test_bad_input_is_one_line(argv, words, run, pictures, mistake, tmp_path, monkeypatch):
     """And it is found before any work: nothing is drawn."""
     monkeypatch.setattr(evaluate, "draw", None)
-    argv = argv.replace("P/", f"{pictures}/").replace("RUN", str(run)).split()
+    for word, path in (("P/", f"{pictures}/"), ("RUN", f"{run}"), ("ROOT", f"{ROOT}")):
+        argv = argv.replace(word, path)
+    argv = argv.split()
     if argv[0] != "denoise" and "--features" not in argv:
         argv += ["--features", pictures / "small.pt"]
     assert words in mistake("evaluate", *argv, "--cache_dir", tmp_path)

@@ -106,21 +106,14 @@ def test_linear_gaussian_closed_form(mode, reading, t):
 
 
 def test_an_image_noisier_than_its_time_step_teaches_aware_nothing():
-    x0, eps, net = *torch.randn(2, 3, 2), Scalar(0.7)
-    t, noise = torch.tensor([5, 100, 900]), torch.full((3,), 1000.0)
-    loss, _ = MODES["aware"][0](net, Diffusion(), x0, t, eps, Perturbation(), noise)
-    loss.backward()
-    assert loss == 0 and net.k.grad == 0
+    assert slope(1, "aware", Perturbation(), v=0.5, noisy=1, t=20, n=64) == 0
 
 
 def test_a_detached_target_has_another_gradient():
-    net, x0, eps, grads = Points(), *torch.randn(2, 64, 2), []
-    for detach in (False, True):
-        torch.manual_seed(0)
-        cfg, t = Perturbation(detach_target=detach), stratified_t(64, 1000)
-        loss, _ = MODES["adv"][0](net, Diffusion(), x0, t, eps, cfg)
-        grads += torch.autograd.grad(loss, net.layers[0].weight)
-    assert not torch.allclose(*grads)
+    attached, detached = (
+        slope(1, "adv", Perturbation(detach_target=detach), v=0.5, noisy=0, t=100, n=64)
+        for detach in (False, True))
+    assert attached != detached
 
 
 @pytest.mark.parametrize("mode", ["random", "adv", "invariant"])
