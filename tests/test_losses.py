@@ -195,13 +195,12 @@ def test_ascent_and_pgd_stay_in_their_set_and_ascend(norm):
     clean, r = view(x, t), torch.rand_like(s) + 0.01
     start = losses.random_omega(r, x)
     assert (start.abs() <= r).all()
-    assert start.abs().mean().item() == pytest.approx(r.mean().item() / 2, rel=0.1)
 
     def J(omega):
         return mean_square(view(x + s * omega, t) - clean)
 
     def size(omega):
-        return (omega.abs().amax((1, 2, 3)) if norm == "linf" else mean_square(omega).sqrt())
+        return omega.abs().amax((1, 2, 3)) if norm == "linf" else mean_square(omega).sqrt()
 
     for steps in (1, 3):
         cfg = Perturbation(ascent_norm=norm, ascent_steps=steps)
@@ -217,18 +216,12 @@ def test_ascent_and_pgd_stay_in_their_set_and_ascend(norm):
     assert torch.allclose(size(first - start), r.flatten() / 4, rtol=1e-4)
     assert (size(many) <= r.flatten() * (1 + 1e-5)).all()
 
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_random_start_is_needed(norm):
-    """J's gradient is exactly zero at omega = 0, and a fresh network leaves omega where it was."""
-    net, d, cfg = small_unet(), Diffusion(), Perturbation(ascent_norm=norm)
-    x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 300)
-    _, s = d.at(t, x)
-    r, start = torch.full_like(s, 0.5), losses.random_omega(torch.full_like(s, 0.5), x)
-    assert (losses.ascend(frozen(net), 0 * x, x, s, t, r, net(x, t), cfg) == 0).all()
+    # A random start is needed: at omega = 0 J's gradient is exactly zero.
+    assert (losses.ascend(view, 0 * x, x, s, t, r, clean, cfg) == 0).all()
+    # So it is everywhere in a fresh network: omega stays where it was, as where J overflows.
     nn.init.zeros_(net.conv_out.weight)
-    for view in (frozen(net), lambda x, t: 1e25 * x):  # Or where it overflows.
-        assert torch.equal(losses.ascend(view, start, x, s, t, r, view(x, t), cfg), start)
+    for flat in (frozen(net), lambda x, t: 1e25 * x):
+        assert torch.equal(losses.ascend(flat, start, x, s, t, r, flat(x, t), cfg), start)
 
 
 def test_inner_step_computes_no_weight_gradient(monkeypatch):

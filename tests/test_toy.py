@@ -49,11 +49,8 @@ def test_density_integrates_to_one_and_is_that_of_the_diffused_draws(name):
     log_p = log_p.logsumexp(1) - math.log(len(x0)) - d / 2 * math.log(2 * math.pi * s[0] ** 2)
     assert torch.allclose(truth.log_density(x, sqrt_a, s), log_p, atol=0.03)
 
-
-@pytest.mark.parametrize("name", toy.TRUTHS)
-def test_exact_eps_far_from_the_data_leads_back(name):
-    """A naive Phi(a) - Phi(b), or a sum of exponentials, is 0 / 0 there."""
-    truth = toy.TRUTHS[name](3)
+    # Far from the data, where a naive Phi(a) - Phi(b), or a sum of exponentials, is 0 / 0, the
+    # exact eps still leads back.
     x = truth.draw(100, generator()) + 3
     for t in (0, 60, 999):
         eps = truth.exact_eps(x, torch.full((100,), t))
