@@ -470,7 +470,6 @@ def test_overfit_looks_at_what_training_saw(pictures, in_process, measure, tmp_p
     ("quality P/wide.npz --reference P/folder", "it is 16x8 RGB"),
     ("quality P/nowhere --reference P/folder", "nowhere is not readable: "),
     ("quality P/few.npz --reference P/folder", "samples: 9 images, 10 are needed"),
-    ("quality P/folder", "--reference is needed"),
     ("quality RUN --features P/no.pt", "no.pt"),
     ("quality RUN --json FILE/a.json", "cannot write FILE/a.json"),
     ("memorization P/folder --reference P/folder --holdout cifar10 --data_dir P/double.npz",

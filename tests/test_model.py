@@ -146,6 +146,8 @@ def test_a_published_model_is_fine_tuned_drawn_from_and_exported(theirs, tmp_pat
     for model, out in ((path, "a"), (copy, "b")):
         in_process("sample", model, "--num", 2, "--steps", 2, "--out", tmp_path / out)
     assert (tmp_path / "a/000001.png").read_bytes() == (tmp_path / "b/000001.png").read_bytes()
+    # evaluate.py takes it for a run as well, not for a folder of images.
+    assert "--reference is needed" in mistake("evaluate", "quality", path, "--num", 10)
 
 
 def test_the_real_diffusers_opens_it_and_agrees(theirs, tmp_path):
