@@ -261,18 +261,16 @@ def diffusers_scheduler(config):
 
 
 def read_safetensors(path):
-    """{name: float32 tensor} of a .safetensors file: 8 bytes of length, a JSON header, raw data."""
+    """{name: tensor} of a .safetensors file: 8 bytes of length, a JSON header, the raw data."""
     data = Path(path).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header, body, tensors = json.loads(data[8:start]), data[start:], {}
     header.pop("__metadata__", None)
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        if not 0 <= first < last <= len(body):
-            raise ValueError(f"{name} lies outside the file")
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
         raw = torch.frombuffer(bytearray(body[first:last]), dtype=dtype)
-        tensors[name] = raw.reshape(entry["shape"]).float()
+        tensors[name] = raw.reshape(entry["shape"])  # Which fails outside of the file.
     return tensors
 
 

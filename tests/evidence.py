@@ -162,7 +162,7 @@ def labels(dataset, root):
         batches = [ArrayUnpickler(open(file, "rb"), encoding="bytes").load() for file in files]
         return torch.tensor([label for batch in batches for label in batch[b"labels"]])
     # A folder or a zip has one folder for each class.
-    names = [Path(item).parent.name for item in open_source(dataset, root).items]
+    names = [Path(item).parent.name for item in open_source(dataset, root).names]
     return torch.from_numpy(np.unique(names, return_inverse=True)[1])
 
 
