@@ -108,6 +108,8 @@ class Perturbation:
     reg_t: float = 1.0
     # Of these a random share, in (0, 1], is regularised and stands for all (ours; paper: 1).
     reg_share: float = 1.0
+    # The first share of the steps trains plainly: first the structure, then the noise (ours).
+    reg_after: float = 0.0
     # Training sees t < t_max T alone, as a model's expert for the last steps does (ours).
     t_max: float = 1.0
     ip_gamma: float = 0.1  # std of DDPM-IP's second noise over the first's (their CIFAR-10: .15)
@@ -278,7 +280,11 @@ def regularised(net, diffusion, x0, t, eps, cfg, adversarial, equivariant):
 
     adversarial: omega from `ascend`, else random.
     equivariant: False drops the last "- omega", which is a classifier's invariance.
+    With lam = 0 it is dsm, at its cost.
     """
+    if cfg.lam == 0:
+        return dsm(net, diffusion, x0, t, eps)
+
     # t ascends from 0 to t_max T (`stratified_t`): the first n_low samples hold all of them below
     # reg_t T. Of these, k are regularised.
     reg_end, t_end = (math.ceil(u * diffusion.T - 1e-6) for u in (cfg.reg_t, cfg.t_max))
@@ -343,7 +349,8 @@ def aware(net, diffusion, x0, t, eps, cfg, noise):
 
 def regularised_units(cfg, ascents):
     """dsm's 3; of what is regularised another forward and backward, and 2 for each ascent step."""
-    return 3 + (3 + 2 * ascents) * min(1, cfg.reg_t / cfg.t_max) * cfg.reg_share
+    regularised_share = min(1, cfg.reg_t / cfg.t_max) * cfg.reg_share * (1 - cfg.reg_after)
+    return 3 + (3 + 2 * ascents) * regularised_share
 
 
 # Name: (objective, its `forward_units`, a function of cfg).
@@ -363,7 +370,7 @@ MODES = {
 
 
 def forward_units(mode, cfg):
-    """Compute of a training step: a forward of the batch is 1, a backward 2, of omega alone 1."""
+    """Compute of a mean step: a forward of the batch is 1, a backward 2, of omega alone 1."""
     return MODES[mode][1](cfg)
 
 

@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -131,6 +132,9 @@ def make_parser(dataset="shapes"):
          help="regularise only t below this share of T; .1 takes 3.5 units of compute instead of 8")
     flag("--reg_share", type=some, default=own.reg_share,
          help="regularise a random share of each batch, which stands for all")
+    flag("--reg_after", type=share, default=own.reg_after,
+         help="regularise only after this share of the steps: plain training learns the structure "
+              "of images faster")
     flag("--t_max", type=some, default=own.t_max,
          help="train on t below this share of T alone: an expert for sample.py; by default then "
               + ", ".join(f"{key} {value}" for key, value in EXPERT.items()))
@@ -335,7 +339,7 @@ def main(argv=None):
                    if stored.get(key) != value]
         tell("; ".join([f"resuming at step {start:,}", *changed]))
     perturbation = Perturbation.of(vars(cfg))
-    objective = Objective(net, diffusion, cfg.mode, perturbation).train()
+    rule = objective = Objective(net, diffusion, cfg.mode, perturbation).train()
     compiled = cuda if cfg.compile is None else cfg.compile
     if compiled:
         if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
@@ -414,6 +418,7 @@ def main(argv=None):
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(fetch, start)
     step = kept = start
+    reg_begin = math.ceil(cfg.reg_after * cfg.steps)
     recent, waited, stopped_by = [], 0.0, False
     began = mark = time.perf_counter()
 
@@ -440,6 +445,7 @@ def main(argv=None):
         # The decay ramps up, so that a short run's average is not one of its first weights. One
         # that begins with another run's weights must not forget them.
         decay = cfg.ema if cfg.init_from else min(cfg.ema, (1 + step) / (10 + step))
+        rule.perturbation = replace(perturbation, lam=cfg.lam if step >= reg_begin else 0.0)
         batch = [[x[i::cfg.accum] for x in (x0, t, eps, *known)] for i in range(cfg.accum)]
         figures = update(objective, batch, weights, averages, optimizer, scaler, autocast,
                          cfg.grad_clip, decay)
@@ -451,6 +457,7 @@ def main(argv=None):
         first, last = step == start + 1, step == cfg.steps
         logs, saves, draws = (every and step % every == 0 for every in (
             cfg.log_every, cfg.save_every, cfg.sample_every))
+        logs = logs or step == reg_begin  # From here on a step has more figures.
         # An expert alone draws nothing to look at.
         draws = (draws or last and cfg.sample_every) and cfg.t_max == 1
         saves = saves or draws or step == 1 or last or stopped_by

@@ -74,6 +74,8 @@ ROWS = {
     "random": ("random", {"mode": "random"}),
     "adv": ("adv (the paper's)", {"mode": "adv"}),
     "adv_low": ("adv --reg_t 0.1", {"mode": "adv", "reg_t": 0.1}),
+    "adv_after": ("adv --reg_t 0.1 --reg_after 0.75",
+                  {"mode": "adv", "reg_t": 0.1, "reg_after": 0.75}),
     "adv_share": ("adv --reg_share 0.3", {"mode": "adv", "reg_share": 0.3}),
     "invariant_share": ("invariant --reg_share 0.3", {"mode": "invariant", "reg_share": 0.3}),
     "filter": ("dsm --filter", {"mode": "dsm", "filter": "own"}),

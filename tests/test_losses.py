@@ -170,6 +170,7 @@ def test_forward_units_by_a_hand_count():
     assert forward_units("random", Perturbation(reg_share=0.5)) == pytest.approx(3 + 3 / 2)
     cfg = Perturbation(reg_t=0.1, t_max=0.2, ascent_steps=3)
     assert forward_units("adv", cfg) == pytest.approx(3 + 9 / 2)
+    assert forward_units("adv", Perturbation(reg_after=0.8)) == pytest.approx(3 + 5 / 5)
 
 
 def test_radius_of_another_exponent_and_the_range_of_beta():

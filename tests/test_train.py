@@ -123,6 +123,17 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_resume_is_exact(tmp_pat
     assert checkpoint(parts)["step"] == step + 3
 
 
+def test_a_run_is_plain_until_the_regulariser_begins(tmp_path, in_process):
+    runs = [tmp_path / mode for mode in ("dsm", "adv")]
+    for out in runs:
+        in_process("train", *SMALL, "--mode", out.name, "--reg_after", 0.5, "--steps", 4,
+                   "--save_every", 2, "--keep", 2, "--log_every", 0, "--out", out)
+    middle, end = ([torch.load(out / f"ckpt_{step:07d}.pt")["model"] for out in runs]
+                   for step in (2, 4))
+    assert not differ(*middle) and differ(*end)
+    assert logged(runs[1]) == [2, 4] and logged(runs[1], "loss")[1] > logged(runs[0], "loss")[1]
+
+
 def test_the_loss_does_not_depend_on_how_the_batch_is_split(tmp_path):
     """Flips, noise and time steps belong to the image: one part, two, and two processes agree.
 
