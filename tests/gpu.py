@@ -268,7 +268,8 @@ def check_inception(args, found):
 
 def small_run(name, args, *flags):
     """Train a run <out>/<name>, with dropout; returns its folder."""
-    row, out = f"{LOW_T}:eager:dropout=0.1:dataset=shapes", args.out / name
+    row = f"{LOW_T}:eager:dropout=0.1:dataset=shapes:reg_after=0"
+    out = args.out / name
     train_row(row, args, "--steps", STEPS, "--log_every", 0, *flags, out=out)
     return out
 
