@@ -76,11 +76,7 @@ ROWS = {
     "adv_low": ("adv --reg_t 0.1", {"mode": "adv", "reg_t": 0.1}),
     "adv_after": ("adv --reg_t 0.1 --reg_after 0.75",
                   {"mode": "adv", "reg_t": 0.1, "reg_after": 0.75}),
-    # The rate falls from the first quarter on: is it the schedule that helps?
-    "dsm_cool": ("dsm --cooldown 0.75 --ema 0.99",
-                 {"mode": "dsm", "cooldown": 0.75, "ema": 0.99}),
-    "dsm_cool_stop.4": ("dsm --cooldown 0.75 --ema 0.99 --stop 0.4",
-                        {"of": "dsm_cool", "stop": 0.4}),
+    # As the embedded shapes are trained.
     "adv_after_cool": ("adv --reg_t 0.1 --reg_after 0.75 --cooldown 0.75 --ema 0.99",
                        {"mode": "adv", "reg_t": 0.1, "reg_after": 0.75, "cooldown": 0.75,
                         "ema": 0.99}),
