@@ -36,10 +36,9 @@ from losses import (Perturbation, ascend, denoise, mean_square, pgd, predict_eps
 from model import diffusers_file
 from sample import (ATTACK, EOT, FIXED_BATCH, MAD, SAMPLERS, Parser, UserError, add_sampling_flags,
                     check_alike, check_writable, clean_images, comma_list, commit, crop_resize,
-                    denoise_step, draw_images, finite, haar, image_noise, load_run,
-                    lock_folder, number, open_images, read_json, run_cli, save_grid, seed_for,
-                    setup_device, step_pairs, ticker, user_errors, with_expert, write_atomically,
-                    write_json)
+                    denoise_step, draw_images, finite, haar, image_noise, load_run, number,
+                    open_images, read_json, run_cli, save_grid, seed_for, setup_device, step_pairs,
+                    ticker, user_errors, with_expert, write_atomically, write_json)
 from train import (CACHE, PRESETS, choose_images, complete_config, find_source, limit_images,
                    load_corruption, load_images, training_images)
 
@@ -394,13 +393,13 @@ def measure_set(images, features, args, about, title, keep=False):
     if keep:
         with contextlib.suppress(Exception), np.load(path) as file:  # Missing or damaged: anew.
             return {name: torch.from_numpy(file[name]) for name in file}
+        check_writable(path)
     rows, *logits = extract(images, features, args, title)
     near, _ = nearest(rows, rows, 3, args.device, f"{title}: radii", same=True)
     found = {"features": rows, "mean": rows.double().mean(0), "cov": rows.T.double().cov(),
              "radii": near[:, -1]}
     if keep:
-        with lock_folder(path.parent, wait=True):
-            write_atomically(path, lambda temporary: np.savez(temporary, **found))
+        write_atomically(path, lambda temporary: np.savez(temporary, **found))
     return found | {"logits": part for part in logits}
 
 

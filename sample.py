@@ -19,13 +19,12 @@ import io
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
 import zipfile
 from datetime import timedelta
-from functools import partial
-from glob import glob
 from itertools import count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -52,6 +51,8 @@ class UserError(Exception):
 
 def run_cli(main):
     """Run a script's `main()`; a `UserError` ends in one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # A file's name may be what it cannot encode.
+        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
@@ -150,7 +151,7 @@ def setup_device(device="auto"):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return rank, local, world, device
 
 
@@ -159,7 +160,12 @@ def duration(seconds):
     return str(timedelta(seconds=int(seconds)))
 
 
-tell = partial(print, flush=True)
+def tell(text, end="\n"):
+    """Print at once; where a terminal or pipe has closed, from then on nothing is shown."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def ticker(title, total):
@@ -178,12 +184,23 @@ def ticker(title, total):
     return tick
 
 
-def write_atomically(path, save):
-    """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there.
+HOST = platform.node().replace(".", "_")
 
-    What a killed process left is overwritten by the next one. `lock_folder` keeps others away.
-    """
-    temporary = path.with_name(f".tmp.{path.name}")
+
+def remove_leftovers(folder):
+    """Delete the temporary files of processes of this machine that are no more."""
+    for path in folder.glob(f".{HOST}.*.tmp.*"):
+        try:
+            os.kill(int(path.name.split(".")[2]), 0)
+        except (ProcessLookupError, ValueError):
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass  # It lives, and is another user's.
+
+
+def write_atomically(path, save):
+    """Let `save(temporary path)` write a file, then rename it to `path`: whole or not there."""
+    temporary = path.with_name(f".{HOST}.{os.getpid()}.tmp.{path.name}")
     try:
         save(temporary)
         os.replace(temporary, path)
@@ -229,15 +246,16 @@ def commit():
     return ""
 
 
-def lock_folder(folder, wait=False):
-    """Claim a folder, which is made, until the file returned is closed or the process ends.
+def claim_folder(out):
+    """Make a folder this process's own; the lock that is returned dies with the process.
 
-    Raises UserError where another process writes there, unless told to wait for it.
+    What killed processes left there is removed. Raises UserError if another one writes there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    with user_errors(BlockingIOError, prefix=f"another process writes to {folder}: "):
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "w")
+    with user_errors(BlockingIOError, prefix=f"another process writes to {out}: "):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    remove_leftovers(out)
     return file
 
 
@@ -354,9 +372,20 @@ def is_image(name):
 
 
 def find_files(root):
-    """The files below a folder, sorted; links are followed, hidden files left out."""
-    found = (root / name for name in glob("**/*", root_dir=root, recursive=True))
-    return sorted(path for path in found if path.is_file())
+    """The files below a folder, sorted; links are followed, each real folder is read once."""
+
+    def refuse(error):
+        raise error
+
+    seen, found = set(), []
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
 
 
 def size_and_date(root, files):
@@ -663,7 +692,7 @@ def parse_args(argv=None):
     return args
 
 
-def claim_folder(out, provenance, overwrite):
+def prepare_folder(out, picture, provenance, overwrite):
     """Make the folder `out` ready for images of `provenance`, which it writes there.
 
     Images of the same settings stay, to be completed. Raises UserError for files that are not
@@ -672,8 +701,8 @@ def claim_folder(out, provenance, overwrite):
     """
     note = out / "samples.json"
     before = read_json(note)
-    if "sampler" not in before and any(out.glob("[!.]*")):
-        raise UserError(f"{out} holds files that are not of sample.py: take another --out")
+    if "sampler" not in before and (picture.exists() or any(out.glob("[!.]*"))):
+        raise UserError(f"{out} or {picture} is not of sample.py: take another --out")
     changed = [key for key in {**before, **provenance} if key not in ("num", "run", "expert")
                and before.get(key) != provenance.get(key)] if before else []
     if before.get("num", 0) > provenance["num"]:
@@ -681,11 +710,17 @@ def claim_folder(out, provenance, overwrite):
     if changed and not overwrite:
         raise UserError(f"{out} holds images of other settings ({', '.join(changed)} differ): "
                         "use --overwrite or another --out")
-    lock = lock_folder(out)
-    for path in [*out.rglob("*.png"), out / "samples.npz"] if changed else []:
+    lock = claim_folder(out)
+    names = filter(is_image, before.get("noise_std") or image_names(before.get("num", 0)))
+    for path in [picture, *(out / name for name in [*names, "samples.npz"])] if changed else []:
         path.unlink(missing_ok=True)
     write_json(note, provenance)
     return lock
+
+
+def image_names(num):
+    """The files of drawn images, such as 000041.png."""
+    return [f"{k:06d}.png" for k in range(num)]
 
 
 def read_noisy(root, shape):
@@ -729,7 +764,7 @@ def main(argv=None):
     picture = Path(f"{out.resolve()}.png")
     provenance = {**run.origin, "num": args.num, "sampler": args.sampler, "steps": args.steps,
                   "spacing": args.spacing, "stop": args.stop, "seed": args.seed}
-    names, noisy = [f"{k:06d}.png" for k in range(args.num)], None
+    names, noisy = image_names(args.num), None
     if args.denoise:
         if out.resolve().is_relative_to(args.denoise.resolve()):
             raise UserError(f"--out {out} is in the folder to clean: take another --out")
@@ -747,7 +782,7 @@ def main(argv=None):
         tell(f"{run.origin['weights']} weights of step {run.origin['step']}, {args.sampler} "
              f"{args.steps} steps ({args.spacing}), {len(names)} images on {world} x "
              f"{device.type}")
-        lock = claim_folder(out, provenance, args.overwrite)  # noqa: F841
+        lock = prepare_folder(out, picture, provenance, args.overwrite)  # noqa: F841
         if args.denoise and args.noise_std is None:
             for name, level in zip(names, std.tolist()):
                 tell(f"{name}: noise of std {level:.3f}")

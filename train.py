@@ -46,10 +46,10 @@ from losses import (MODES, READINGS, Diffusion, Objective, Perturbation, forward
                     stratified_t)
 from model import UNET_KEYS, build_network, read_checkpoint
 from sample import (CHOICE, CORRUPT, INIT, LIMIT, ORDER, SHAPES, STEP, Parser, Source, UserError,
-                    comma_list, crop_resize, draw_chart, draw_images, duration, find_files,
-                    finite, lock_folder, noise_estimate, number, numbered, open_images, run_cli,
-                    save_grid, seed_for, setup_device, size_and_date, tell, ticker, to_uint8,
-                    user_errors, write_atomically, write_json)
+                    claim_folder, comma_list, crop_resize, draw_chart, draw_images, duration,
+                    find_files, finite, noise_estimate, number, numbered, open_images, read_json,
+                    remove_leftovers, run_cli, save_grid, seed_for, setup_device, size_and_date,
+                    tell, ticker, to_uint8, user_errors, write_atomically, write_json)
 
 # ---------- Settings: default < preset of the data set < a stored run's < flag
 
@@ -133,7 +133,7 @@ def make_parser(dataset="shapes"):
     flag("--reg_share", type=some, default=own.reg_share,
          help="regularise a random share of each batch, which stands for all")
     flag("--reg_after", type=share, default=own.reg_after,
-         help="regularise only after this share of the steps: plain training learns the structure "
+         help="regularise only after this share of --steps: plain training learns the structure "
               "of images faster")
     flag("--t_max", type=some, default=own.t_max,
          help="train on t below this share of T alone: an expert for sample.py; by default then "
@@ -226,6 +226,8 @@ def parse_args(argv=None):
         if not saved.get("optimizer"):
             raise UserError(f"{out} holds nothing to resume from: begin with it by --init_from")
     p = make_parser(dataset)
+    if given.init_from:  # It has learned the structure.
+        p.set_defaults(reg_after=0.0)
     if given.t_max < 1:
         p.set_defaults(**EXPERT)
     if saved:
@@ -302,7 +304,10 @@ def main(argv=None):
     tell(f"output {out}")
 
     start = saved["step"] if args.resume else 0
-    if run_files(out) and not (args.resume or args.overwrite):
+    there = [] if args.resume else run_files(out)
+    if there and not set(UNET_KEYS) <= read_json(out / "config.json").keys():
+        raise UserError(f"{there[0]} is of no run that could be replaced: take another --out")
+    if there and not args.overwrite:
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
     if start >= cfg.steps:
         raise UserError(f"{out} is at step {start} of {cfg.steps}: more of them with --steps")
@@ -344,7 +349,7 @@ def main(argv=None):
     if compiled:
         if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             raise UserError("--compile needs a C++ compiler, and there is none: --no-compile")
-        # Up to three graphs: the whole batch or its rest, what is regularised, and that frozen.
+        # Up to four graphs: the batch, what is regularised of it, that frozen, and the rest.
         net.compile(dynamic=False)
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device.index] if cuda else None,
@@ -396,7 +401,7 @@ def main(argv=None):
     # --- run folder: claimed now, and written to once the first step has succeeded
 
     if lead:
-        lock = lock_folder(out)  # noqa: F841  held until the process ends
+        lock = claim_folder(out)  # noqa: F841  held until the process ends
 
     def claim():
         for path in run_files(out) if args.overwrite else []:
@@ -418,7 +423,7 @@ def main(argv=None):
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(fetch, start)
     step = kept = start
-    reg_begin = math.ceil(cfg.reg_after * cfg.steps)
+    reg_begin = round(cfg.reg_after * cfg.steps)
     recent, waited, stopped_by = [], 0.0, False
     began = mark = time.perf_counter()
 
@@ -457,11 +462,11 @@ def main(argv=None):
         first, last = step == start + 1, step == cfg.steps
         logs, saves, draws = (every and step % every == 0 for every in (
             cfg.log_every, cfg.save_every, cfg.sample_every))
-        logs = logs or step == reg_begin  # From here on a step has more figures.
+        begins = step == reg_begin  # From here on a step has more figures.
         # An expert alone draws nothing to look at.
         draws = (draws or last and cfg.sample_every) and cfg.t_max == 1
         saves = saves or draws or step == 1 or last or stopped_by
-        if not (first or logs or saves or len(recent) % 100 == 0):
+        if not (first or logs or saves or begins or len(recent) % 100 == 0):
             continue
 
         table = torch.stack(recent)
@@ -500,7 +505,7 @@ def main(argv=None):
                 draw_curves(out)
         kept = step if saves else kept
         mark += time.perf_counter() - tic  # A picture's time is not a step's.
-        if logs or len(recent) >= 1000:
+        if logs or begins or len(recent) >= 1000:
             recent, waited, mark = [], 0.0, time.perf_counter()
 
     loader.shutdown()
@@ -595,7 +600,7 @@ def draw_curves(out):
 
 def save_checkpoint(out, state, keep):
     """Write ckpt.pt, whole at every moment; keep > 1 also as ckpt_<step>.pt, the newest `keep`."""
-    with user_errors(RuntimeError, prefix=f"{out} cannot be written: "):  # As of a full disk.
+    with user_errors(RuntimeError, prefix=f"{out} cannot be written, is the disk full? "):
         for name in ["ckpt.pt", f"ckpt_{state['step']:07d}.pt"][:keep]:
             write_atomically(out / name, lambda temporary: torch.save(state, temporary))
     for old in sorted(out.glob(f"ckpt_{DIGITS}.pt"))[:-keep if keep > 1 else None]:
@@ -679,7 +684,7 @@ PUBLISHED = {
 def published_files(dataset, root, split):
     """The files of a published format in the first folder below `root` that has one, else []."""
     names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
-    for file in find_files(root) if names else []:
+    for file in find_files(root) if names and root.is_dir() else []:
         if file.match(names[0]):
             return [Path(str(file).removesuffix(names[0]), name) for name in names]
     return []
@@ -771,9 +776,10 @@ def load_images(dataset, image_size, in_channels, data_dir=None, cache_dir=None,
                     file.write(image.tobytes())
                 tick(min(first + 1000, n))
 
-    with lock_folder(folder, wait=True):  # Two runs that begin together decode once.
-        if not cache.exists():
-            write_atomically(cache, decode)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if not cache.exists():
+        write_atomically(cache, decode)
     with user_errors(EOFError, ValueError, prefix=f"{cache} is damaged, delete it: "):
         return np.load(cache, mmap_mode="r")
 

@@ -111,5 +111,5 @@ def mistake(in_process, capsys):
 def run(tmp_path_factory, in_process):
     """A run folder of three steps, to read and not to write."""
     out = tmp_path_factory.mktemp("run") / "run"
-    in_process("train", *TINY, "--steps", 3, "--mode", "dsm", "--out", out)
+    in_process("train", *TINY, "--steps", 3, "--mode", "dsm", "--predict", "eps", "--out", out)
     return out

@@ -179,8 +179,14 @@ def test_restart_draws_the_missing_images_only(run, tmp_path, in_process, capsys
     in_process(*draw, 5, "--steps", 3, "--overwrite")
     assert len(list(out.glob("0*.png"))) == 5
     assert "num differ" in mistake(*draw, 4, "--steps", 3)
-    # Files that are not of sample.py are never replaced.
-    assert "take another --out" in mistake("sample", run, "--out", run, "--overwrite")
+    # Files that are not of sample.py are never replaced: in it, beside it, instead of it.
+    (out / "mine.png").touch()
+    in_process(*draw, 4, "--overwrite")
+    assert {path.name for path in out.glob("*.png")} == {
+        "mine.png", *(f"00000{k}.png" for k in range(4))}
+    (tmp_path / "cat.png").touch()
+    for place in (run, tmp_path / "cat"):
+        assert "take another --out" in mistake("sample", run, "--out", place, "--overwrite")
 
 
 def test_a_folder_is_cleaned_under_its_own_names(run, tmp_path, in_process, mistake, capsys):

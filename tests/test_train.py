@@ -20,7 +20,7 @@ import losses
 import train
 from conftest import TINY, Bomb, finish, fork
 from losses import Perturbation
-from sample import UserError, crop_resize, is_image, load_run, noise_estimate
+from sample import HOST, UserError, crop_resize, is_image, load_run, noise_estimate
 from train import (CLEAN, NOISY, OUTLIER, Corruption, choose_corruption, load_images, own_noise,
                    shapes, training_images)
 
@@ -131,7 +131,10 @@ def test_a_run_is_plain_until_the_regulariser_begins(tmp_path, in_process):
     middle, end = ([torch.load(out / f"ckpt_{step:07d}.pt")["model"] for out in runs]
                    for step in (2, 4))
     assert not differ(*middle) and differ(*end)
-    assert logged(runs[1]) == [2, 4] and logged(runs[1], "loss")[1] > logged(runs[0], "loss")[1]
+    assert logged(runs[1], "loss")[0] > logged(runs[0], "loss")[0]
+    # Who begins with another run's weights regularises from the first step.
+    args, _ = train.parse_args(["--init_from", str(runs[0]), "--mode", "adv"])
+    assert args.reg_after == 0
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_split(tmp_path):
@@ -269,7 +272,7 @@ def test_average_of_the_weights_is_no_part_of_the_graph(tmp_path, in_process, mo
     # The decay ramps up to --ema: 1/10, 2/11, then .2.
     assert shares == pytest.approx([9 / 10, 9 / 11] + [0.8] * 28)
     fit = logged(tmp_path, "dsm")  # And the loss falls.
-    assert fit[-1] < 0.85 * fit[0]
+    assert fit[-1] < 0.85 * fit[0]  # Untrained: .92.
 
 
 def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, in_process, mistake):
@@ -287,7 +290,7 @@ def test_resume_drops_what_lay_beyond_and_bears_a_damaged_log_but_no_damaged_che
     shutil.copy(tmp_path / "ckpt_0000002.pt", tmp_path / "ckpt.pt")
     log = tmp_path / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 2, "lo')
-    (tmp_path / ".tmp.ckpt.pt").write_bytes(b"what a killed run left")
+    (tmp_path / f".{HOST}.999999999.tmp.ckpt.pt").write_bytes(b"what a killed run left")
     in_process("train", "--resume", "--steps", 3, "--keep", 2, "--out", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*ckpt*")) == [
         "ckpt.pt", "ckpt_0000002.pt", "ckpt_0000003.pt"]
@@ -314,7 +317,12 @@ def test_the_data_of_a_run_may_not_change(tmp_path, in_process, capsys, mistake)
     error = mistake("train", "--resume", "--steps", 4, "--out", out)
     assert "3 files before, now 4" in error and "--new_data" in error
     in_process("train", "--resume", "--steps", 4, "--out", out, "--new_data")
+
+    # A folder that is no run of ours keeps its files, also those with the names of a run's.
+    (photos / "data.png").write_bytes(b"mine")
     assert "would become data" in mistake("train", *flags, "--out", photos / "run")
+    assert "data.png is of no run" in mistake("train", *SMALL, "--out", photos, "--overwrite")
+    assert (photos / "data.png").read_bytes() == b"mine"
 
 
 def test_filter_and_aware_as_a_user_runs_them(tmp_path, in_process, capsys):
@@ -363,6 +371,15 @@ def test_a_second_signal_ends_at_once_and_nobody_else_writes_to_a_run(
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
+def test_a_closed_pipe_does_not_end_the_run(tmp_path):
+    """As Ctrl-C closes `tee`, which gets it as well."""
+    os.mkfifo(tmp_path / "log.0")
+    forks = fork(tmp_path / "log", "train", *SMALL, "--steps", 3, "--out", tmp_path)
+    with open(tmp_path / "log.0") as pipe:
+        assert pipe.readline().startswith("output")
+    assert finish(forks) == [0] and checkpoint(tmp_path)["step"] == 3
+
+
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "toy"])
 def test_each_script_shows_a_mistake_in_one_line(script, tmp_path):
     assert finish(fork(tmp_path / "log", script, "--sterps", 3)) == [2]
@@ -383,7 +400,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(tmp_path, in_pro
             (figures, "evaluate", "denoise", out, "--noise_std", 0.01, "--json", figures),
             (out / "ckpt.pt", "train", "--resume", "--steps", 2, "--out", out)):
         before = file.read_bytes() if file.exists() else None
-        (file.parent / f".tmp.{file.name}").symlink_to("/dev/full")
+        file.with_name(f".{HOST}.{os.getpid()}.tmp.{file.name}").symlink_to("/dev/full")
         assert "cannot be written" in (error := mistake(*argv)) or "No space left" in error
         assert before == (file.read_bytes() if file.exists() else None)
         in_process(*argv)
@@ -460,9 +477,12 @@ def test_folder_and_zip_of_any_nesting_are_decoded_once(tmp_path, capsys):
         assert x.shape == (3, 3, 8, 8) and x.dtype == np.uint8
         assert sorted(x[:, 0, 0, 0].tolist()) == [0, 10, 20]
         assert "decoding 3 images" in capsys.readouterr().out
-        (decoded,) = cache.glob("[!.]*")
+        # Half of a file, which a killed process left, is never taken.
+        (decoded,) = cache.iterdir()
+        left = cache / f".{HOST}.999999999.tmp.{decoded.name}"
+        left.write_bytes(b"half")
         assert np.array_equal(x, load_images("folder", 8, 3, source, cache))
-        assert "decoding" not in capsys.readouterr().out
+        assert "decoding" not in capsys.readouterr().out and not left.exists()
         assert load_images("folder", 4, 1, source, cache).shape == (3, 1, 4, 4)
         decoded.write_bytes(decoded.read_bytes()[:50])
         with pytest.raises(UserError, match="is damaged, delete it"):
@@ -495,12 +515,13 @@ def test_pixels_are_read_right_or_refused():
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_odd_files_are_taken(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    Image.new("RGB", (8, 8), "red").save(folder / "1.jpg",
+def test_odd_files_are_taken_and_odd_links_named(tmp_path):
+    folder, odd = tmp_path / "pictures", tmp_path / "pictures" / "gone.png"
+    (folder / "deep").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "deep" / "1.jpg",
                                         exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     Image.new("RGB", (8, 8)).save(folder / "2.gif")
+    (folder / "deep" / "loop").symlink_to(folder)
     assert len(load_images("folder", 8, 3, folder, tmp_path)) == 2
     assert not any(map(is_image, ("a.h5", ".c.png", "__MACOSX/d.png", "/e.png", "../f.png")))
     np.savez(tmp_path / "three.npz", np.full((3, 8, 8, 3), 7, np.uint8))
@@ -509,6 +530,9 @@ def test_odd_files_are_taken(tmp_path):
     np.savez(tmp_path / "floats.npz", np.zeros((3, 8, 8, 3)))
     with pytest.raises(UserError, match="floats.npz is not readable.*not uint8"):
         load_images("folder", 8, 3, tmp_path / "floats.npz", tmp_path)
+    odd.symlink_to("nowhere")
+    with pytest.raises(UserError, match="No such file.*gone.png"):
+        load_images("folder", 8, 3, folder, tmp_path)
 
 
 def test_cifar_batches(tmp_path, monkeypatch):
