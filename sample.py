@@ -654,7 +654,7 @@ def add_sampling_flags(flag):
          help="naive: one-step updates at strided time steps, which leave noise")
     flag("--stop", type=number(float, 0), default=0.0,
          help="end with the denoised estimate once the noise s / sqrt(alpha_bar) is below this; "
-              "of 1, 2 and 3 times the std of the data's noise, 2 and 3 were best after dsm")
+              "2 to 4.5 times the std of the data's noise were best after dsm")
     flag("--expert", type=Path,
          help="another run, for the last steps: what train.py --t_max has fine-tuned of this one")
     flag("--seed", type=number(int, 0), default=0, help="seed of image 0, 1, ...")
