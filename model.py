@@ -220,7 +220,8 @@ def read_checkpoint(path):
         # torch.load does not look at the checksums.
         if lacks or zipfile.ZipFile(path).testzip():
             raise ValueError("incomplete or damaged")
-        checkpoint["config"].setdefault("predict", "eps")  # Older ones had nothing else.
+        # Older ones had nothing else.
+        checkpoint["config"] = {"predict": "eps", "reg_after": 0.0} | checkpoint["config"]
     except Exception as error:  # A damaged file may raise anything.
         raise ValueError(f"{path} is not a checkpoint of train.py: damaged, foreign, or with "
                          "code in it (not run)") from error

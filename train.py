@@ -682,7 +682,7 @@ PUBLISHED = {
 
 
 def published_files(dataset, root, split):
-    """The files of a published format in the first folder below `root` that has one, else []."""
+    """The files of a published format, below `root` where the first of them is found, else []."""
     names = PUBLISHED[dataset][1][split] if dataset in PUBLISHED else []
     for file in find_files(root) if names and root.is_dir() else []:
         if file.match(names[0]):
