@@ -715,6 +715,7 @@ def prepare_folder(out, picture, provenance, overwrite):
     for path in [picture, *(out / name for name in [*names, "samples.npz"])] if changed else []:
         path.unlink(missing_ok=True)
     write_json(note, provenance)
+    check_writable(picture)
     return lock
 
 
