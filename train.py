@@ -84,11 +84,6 @@ def widths(text):
     return () if text == "0" else tuple(comma_list(number(int, 1))(text))
 
 
-def threshold(text):
-    """An argparse type: a number of at least 0, or "half"."""
-    return text if text == "half" else number(float, 0)(text)
-
-
 def make_parser(dataset="shapes"):
     """The flags, with the defaults of a data set."""
     share, size, natural = number(float, 0, 1), number(float, 0), number(int, 0)
@@ -191,14 +186,6 @@ def make_parser(dataset="shapes"):
     flag("--new_data", action="store_true", help="resume although the data has changed")
     p.set_defaults(**PRESETS[dataset])
     return p
-
-
-def complete_config(config):
-    """A run's settings with the defaults for those that it lacks; the data set may stay None."""
-    dataset = config.get("dataset")
-    defaults = vars(make_parser(dataset if dataset in PRESETS else "shapes").parse_args([]))
-    defaults["dataset"] = None
-    return {key: value for key, value in defaults.items() if key not in SESSION} | config
 
 
 def parse_args(argv=None):
@@ -404,8 +391,6 @@ def main(argv=None):
         lock = claim_folder(out)  # noqa: F841  held until the process ends
 
     def claim():
-        for path in run_files(out) if args.overwrite else []:
-            path.unlink()
         drop_beyond(out, start)
         write_json(out / "config.json", vars(cfg))
         some = np.linspace(0, len(chosen) - 1, min(64, len(chosen))).astype(int)
@@ -569,17 +554,29 @@ def run_files(out):
     return [path for pattern in RUN_FILES for path in out.glob(pattern)]
 
 
+def complete_config(config):
+    """A run's settings with the defaults for those that it lacks; the data set may stay None."""
+    dataset = config.get("dataset")
+    defaults = vars(make_parser(dataset if dataset in PRESETS else "shapes").parse_args([]))
+    defaults["dataset"] = None
+    return {key: value for key, value in defaults.items() if key not in SESSION} | config
+
+
 def drop_beyond(out, step):
-    """Drop what a run will make (again) from `step` on: log lines, checkpoints and samples."""
+    """Drop what a run will make (again) from `step` on: log lines, checkpoints and samples.
+
+    From step 0 on that is all: a fresh run takes this folder only to replace what is there.
+    """
     log, kept = out / "log.jsonl", []
     for line in log.read_text().splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError):  # A kill may cut a line short.
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
     for path in run_files(out):
-        if path.stem[-7:].isdigit() and int(path.stem[-7:]) > step:
+        number = path.stem[-7:]
+        if step == 0 or number.isdigit() and int(number) > step:
             path.unlink()
+    write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
 
 
 def draw_curves(out):
@@ -884,6 +881,11 @@ def own_noise(images, index, spoil):
         found.append(noise_estimate(training_images(images, part, spoil)))
         tick(first + len(part))
     return torch.cat(found)
+
+
+def threshold(text):
+    """An argparse type, what --filter takes: a number of at least 0, or "half"."""
+    return text if text == "half" else number(float, 0)(text)
 
 
 def choose_images(images, spoil, config):
