@@ -76,7 +76,7 @@ ROWS = {
     "adv_low": ("adv --reg_t 0.1", {"mode": "adv", "reg_t": 0.1}),
     "adv_after": ("adv --reg_t 0.1 --reg_after 0.75",
                   {"mode": "adv", "reg_t": 0.1, "reg_after": 0.75}),
-    # As the embedded shapes are trained.
+    # With the falling rate that the embedded shapes have.
     "adv_after_cool": ("adv --reg_t 0.1 --reg_after 0.75 --cooldown 0.75 --ema 0.99",
                        {"mode": "adv", "reg_t": 0.1, "reg_after": 0.75, "cooldown": 0.75,
                         "ema": 0.99}),

@@ -387,7 +387,8 @@ def test_each_script_shows_a_mistake_in_one_line(script, tmp_path):
     assert shown.startswith("error: ") and shown.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(tmp_path, in_process, mistake):
+def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(tmp_path, at_step, in_process,
+                                                                mistake):
     """The disk is full, as the kernel says it, when the temporary file is written."""
     out, drawn, figures = tmp_path / "run", tmp_path / "drawn", tmp_path / "figures.json"
     in_process("train", *SMALL, "--steps", 1, "--out", out)
@@ -404,6 +405,11 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(tmp_path, in_pro
         assert "cannot be written" in (error := mistake(*argv)) or "No space left" in error
         assert before == (file.read_bytes() if file.exists() else None)
         in_process(*argv)
+    log = out / "log.jsonl"
+    at_step(2, lambda: (log.unlink(), log.symlink_to("/dev/full")))
+    assert "No space left" in mistake("train", "--resume", "--steps", 5, "--save_every", 1, "--out",
+                                      out)
+    assert checkpoint(out)["step"] == 3  # None is ahead of the log.
 
 
 # ---------- Data
